@@ -1,0 +1,41 @@
+# Needs make and Python 3.11 or newer; everything else goes into .venv. `make PYTHON=python3.12` picks another Python.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint format bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready ## install everything into .venv (a second call does nothing)
+
+# One resolver for everybody: pip only brings uv, and uv installs the pinned versions.
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, for example: make setup PYTHON=python3.11" \
+		if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: setup ## train Self-Forcing from the shipped weights and show before and after, in outputs/quickstart/
+	$(BIN)/python -m experiments.quickstart
+
+test: setup ## run the fast tests on two workers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
+
+lint: setup ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## measure speed and memory, as ratios to this machine's own peak
+	$(BIN)/python -m benchmarks
+
+clean: ## remove caches and build leftovers; never the environment, weights, logs or outputs
+	rm -rf .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
