@@ -40,12 +40,9 @@ def atomic(path: str | Path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        for written in (temporary, path.parent):  # the data first, then the name that it will get
-            if written is path.parent:
-                os.replace(temporary, path)
-            handle = os.open(written, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -159,6 +156,15 @@ def _existing(path: str | Path) -> Path:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _flush(path: Path) -> None:
+    """Wait until the file, or the folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def locate(path: str | Path) -> Path:

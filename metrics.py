@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ WINDOW = 6  # frames of a motion window: its five steps cross the default canvas
 MAX_OFFSET = 1.0  # pixels per axis from a box's middle to its ink's: in real digits 0.3, rarely above 1
 TRAINING = {  # about 2.5 minutes each on one core
     "first": {"num_steps": 1600, "batch_size": 64, "lr": 4e-3, "seed": 0},
-    "second": {"num_steps": 1800, "batch_size": 64, "lr": 5e-3, "seed": 0},
+    "second": {"num_steps": 1500, "batch_size": 64, "lr": 5e-3, "seed": 0},
 }
 
 
@@ -82,11 +82,11 @@ class SecondClassifier(nn.Module):
     first.
 
     What pleases one need not please the other: here the place is divided out before the first layer, and
-    depthwise 5 x 5 kernels, GELU and a mean do the work of 3 x 3, ReLU and a maximum.
+    depthwise 5 x 5 kernels with residuals and GELU do the work of plain 3 x 3 ones with ReLU.
     """
 
     split = "second_classifier"
-    window, dim, num_layers = 18, 96, 4
+    window, dim, num_layers = 18, 80, 4
 
     def __init__(self):
         super().__init__()
@@ -95,8 +95,9 @@ class SecondClassifier(nn.Module):
             nn.Sequential(Residual(kernel(dim, dim, 5, padding=2, groups=dim)), kernel(dim, dim, 1))
             for _ in range(self.num_layers)
         ]
-        layers = [kernel(1, dim, 3, stride=2, padding=1), *mixers, nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        self.body = nn.Sequential(*layers, nn.Linear(dim, NUM_FEATURES))
+        stem = [kernel(1, 24, 3, padding=1), kernel(24, dim, 3, stride=2, padding=1)]
+        pool = [nn.AdaptiveMaxPool2d(1), nn.Flatten()]
+        self.body = nn.Sequential(*stem, *mixers, *pool, nn.Linear(dim, NUM_FEATURES))
         self.head = nn.Linear(NUM_FEATURES, NUM_CLASSES)
 
     def centred(self, ink):
@@ -210,9 +211,8 @@ def centre_of_mass(ink):
 
 @dataclass(frozen=True)
 class Measured:
-    """Videos [B, F, C, H, W] in numbers: mass [B, F] of the ink in white pixels, centroid [B, F, 2] (y, x) in
-    pixels, features [B, F, 64], and classes [B, F], the digit that the classifier sees, -1 in an empty
-    frame."""
+    """Videos [B, F, C, H, W] as numbers: mass [B, F] of the ink in white pixels, its centroid [B, F, 2] in
+    pixels (y, x), features [B, F, 64], classes [B, F]: the digit that the classifier sees, -1 if empty."""
 
     mass: Tensor
     centroid: Tensor
@@ -237,14 +237,11 @@ def measure(videos, classifier):
 
 
 def one_digit(prompts):
-    """Labels [B] and headings [B, 2], (y, x) in {-1, 0, 1}; ValueError for a prompt with more than one
-    digit."""
+    """Labels [B] and headings [B, 2], (y, x) in {-1, 0, 1}; ValueError for a prompt with several digits."""
     digits = [parse_prompt(prompt) for prompt in prompts]
     for prompt, named in zip(prompts, digits, strict=True):
         if len(named) != 1:
-            raise ValueError(
-                f'"{prompt}" has {len(named)} digits, but the metrics follow one: use one-digit prompts'
-            )
+            raise ValueError(f'the metrics follow one digit, so name one in each prompt, unlike "{prompt}"')
     headings = [DIRECTIONS[digit.direction] for (digit,) in digits]
     return torch.tensor([digit.label for (digit,) in digits]), torch.tensor(headings)
 
@@ -484,11 +481,7 @@ def make_classifier(name):
         "split": model.split,
         "digits_per_class": 200,
         "seconds": round(time.monotonic() - start),
-        "machine": {
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
+        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "accuracy": {split: held_out_accuracy(model, split, world) for split in ("validation", "train")},
     }
     CHECKPOINTS.mkdir(exist_ok=True)
@@ -504,27 +497,35 @@ def real_videos(prompts, world, seed):
     return MovingMNIST(world, seed=seed, prompts=prompts).batch(range(len(prompts)))["video"]
 
 
-def make_videos(args, prompts, world, seed):
+def source(args):
+    """The world that --checkpoint was trained in, and a function (prompts, seed) -> videos."""
     if args.checkpoint == "real":
-        return real_videos(prompts, replace(world, split="validation", num_frames=args.num_frames), seed)
-    from generate import sample_videos  # the module itself stays a leaf; only its command line looks upwards
+        held_out = replace(WorldConfig(), split="validation", num_frames=args.num_frames)
+        return WorldConfig(), lambda prompts, seed: real_videos(prompts, held_out, seed)
+    from checkpoint import (
+        load_weights,
+        locate,
+    )  # the module itself stays a leaf; only its command line looks up
+    from generate import load_model, sample_videos
 
+    loaded = load_model(args.checkpoint)
     options = {"denoising_steps": args.denoising_steps, "guidance_scale": args.guidance_scale}
-    return sample_videos(args.checkpoint, prompts, args.num_frames, seed=seed, **options)
+    settings = load_weights(locate(args.checkpoint)).config["world"]
+    world = WorldConfig(**{field.name: settings[field.name] for field in fields(WorldConfig)})
+    return world, lambda prompts, seed: sample_videos(loaded, prompts, args.num_frames, seed=seed, **options)
 
 
 def run(args):
     """Evaluate a checkpoint, or real clips, with every seed: the record that --json writes."""
-    if args.num_videos < 20 or args.num_frames < WINDOW:
-        raise ValueError(
-            f"--num_videos must be at least 20, so that digits repeat, --num_frames at least {WINDOW}"
-        )
-    world, prompts = WorldConfig(), uniform_prompts(args.num_videos)
+    for name, least in (("num_videos", 20), ("num_frames", WINDOW), ("frames_per_block", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    (world, make_videos), prompts = source(args), uniform_prompts(args.num_videos)
     classifier = load_classifier(second=args.classifier == "second")
     options = {"world": world, "classifier": classifier, "frames_per_block": args.frames_per_block}
     options["reference"] = make_reference(world, classifier)
     curves = {
-        seed: evaluate(make_videos(args, prompts, world, seed), prompts, **options)
+        seed: evaluate(make_videos(prompts, seed), prompts, **options)
         for seed in tqdm(args.seed, desc="seeds")
     }
     floor = evaluate(real_videos(prompts, world, seed=2_000_000), prompts, **options)["frechet_distance"]
@@ -539,8 +540,7 @@ def run(args):
 
 
 def over_seeds(summaries):
-    """Summaries of several seeds -> the same structure with each number's mean and sample standard
-    deviation."""
+    """Summaries of several seeds -> one, each number replaced by its mean and sample standard deviation."""
     if isinstance(summaries[0], dict):
         return {name: over_seeds([summary[name] for summary in summaries]) for name in summaries[0]}
     spread = float(np.std(summaries, ddof=1)) if len(summaries) > 1 else 0.0
@@ -564,7 +564,7 @@ def main():
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--json", help="write the curves and their summary here")
     parser.add_argument("--denoising_steps", type=int, nargs="+")
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--frames_per_block", type=int, default=3)
     parser.add_argument("--classifier", choices=TRAINING, default="first", help="which of the two judges")
     parser.add_argument("--train_classifier", choices=TRAINING, help="train and save one of the two instead")
@@ -574,6 +574,7 @@ def main():
             return make_classifier(args.train_classifier)
         record = run(args)
         if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
         show(record)
     except (ValueError, OSError) as error:

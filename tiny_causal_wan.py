@@ -39,8 +39,8 @@ class WanConfig:
     out_dim: int = 1
     dim: int = 128
     ffn_dim: int = 512
-    num_heads: int = 2
-    num_layers: int = 4
+    num_heads: int = 4
+    num_layers: int = 6
     patch_size: tuple[int, int, int] = (1, 6, 6)
     text_dim: int = 32
     text_len: int = 10

@@ -204,6 +204,8 @@ class Run:
             "seconds": self.seconds,
             "training_type": "dmd2" if self.config.stage == "self_forcing" else self.config.stage,
             "config": self.record,
+            "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "machine": machine(),
         }
 
     def load_state_dict(self, state: dict) -> None:

@@ -1,0 +1,1 @@
+"""Runs whose numbers this repository quotes: one module or config, and one command, for each."""

@@ -1,0 +1,26 @@
+"""Tensors -> Figures, GIFs and MP4s. A leaf: it knows no model, no training, no dataset and no metric.
+
+Every video is [F, C, H, W] or [B, F, C, H, W] in [-1, 1] with C = 1 or 3. Every picture is a matplotlib
+Figure that pyplot does not know: a notebook shows it by itself, a script saves it with `save_path`, and
+nothing is left open.
+"""
+
+from visualization.curves import plot_metric_curves
+from visualization.diagram import create_algorithm_diagram
+from visualization.film import film_strip, visualize_autoregressive_generation, visualize_denoising_process
+from visualization.memory import show_cache, show_mask, visualize_kv_cache_growth
+from visualization.video_files import create_video_gif, save_video, save_video_grid
+
+__all__ = [
+    "create_algorithm_diagram",
+    "create_video_gif",
+    "film_strip",
+    "plot_metric_curves",
+    "save_video",
+    "save_video_grid",
+    "show_cache",
+    "show_mask",
+    "visualize_autoregressive_generation",
+    "visualize_denoising_process",
+    "visualize_kv_cache_growth",
+]
