@@ -12,10 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+import digit_classifiers
 import metrics
+from digit_classifiers import Classifier, SecondClassifier
 from metrics import (
-    Classifier,
-    SecondClassifier,
     evaluate,
     load_classifier,
     measure,
@@ -183,9 +183,9 @@ def test_frechet_distance_is_exact():
 def test_shipped_classifier(second):
     """The weights that ship name at least 98 % of the held-out digits, as the file beside them says."""
     model, name = load_classifier(second=second), "second_classifier" if second else "classifier"
-    record = json.loads((metrics.CHECKPOINTS / f"{name}.json").read_text())
+    record = json.loads((digit_classifiers.CHECKPOINTS / f"{name}.json").read_text())
     assert record["split"] == name
-    accuracy = metrics.held_out_accuracy(model, "validation", WorldConfig())
+    accuracy = digit_classifiers.held_out_accuracy(model, "validation", WorldConfig())
     assert accuracy >= 0.98
     assert accuracy == pytest.approx(record["accuracy"]["validation"], abs=2e-3)
 
@@ -203,7 +203,7 @@ def test_training_is_reproducible():
     settings = {"world": WORLD, "num_steps": 2, "batch_size": 8, "lr": 1e-3, "seed": 0}
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first, again = (metrics.train_classifier(True, **settings) for _ in range(2))
+    first, again = (digit_classifiers.train_classifier(True, **settings) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert torch.equal(before, torch.get_rng_state())
 
