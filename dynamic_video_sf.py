@@ -489,7 +489,7 @@ def _self_check():
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].step()
-    print(f"a hundred steps of Algorithm 1: the student's stride, 1 before, is {student.stride.item():.2f}; the teacher's 0.5")
+    print(f"a hundred steps of Algorithm 1: stride 1 became {student.stride.item():.2f}, the teacher's is 0.5")
 
 
 if __name__ == "__main__":

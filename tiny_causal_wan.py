@@ -5,9 +5,8 @@ parameter names and shapes. The network predicts the flow (noise - x0) of a vide
 
     bidirectional   model(x_t, t, cond)                               teacher and critic: every frame sees every frame
     block-causal    model(x_t, t, cond, frames_per_block=3)           a block sees itself and the blocks before it
-    teacher forcing model(x_t, t, cond, frames_per_block=3, clean=x0) a noisy block sees itself and *clean* blocks
-    before it cached          model(x_t, t, cond, cache)                        the next block sees the cache and
-    itself
+    teacher forcing model(x_t, t, cond, frames_per_block=3, clean=x0) a noisy block sees itself and *clean* past blocks
+    cached          model(x_t, t, cond, cache)                        the next block sees the cache and itself
 
 The last three are one function computed in different ways; tests hold them against each other.
 
@@ -39,7 +38,7 @@ class WanConfig:
     out_dim: int = 1
     dim: int = 128
     ffn_dim: int = 512
-    num_heads: int = 4
+    num_heads: int = 2
     num_layers: int = 6
     patch_size: tuple[int, int, int] = (1, 6, 6)
     text_dim: int = 32
@@ -53,6 +52,8 @@ class WanConfig:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))  # YAML brings lists
         if self.model_type not in ("t2v", "i2v"):
             raise ValueError(f"model_type must be 't2v' or 'i2v', got {self.model_type!r}.")
+        if min(self.num_heads, self.num_layers, self.dim) < 1:
+            raise ValueError("dim, num_heads and num_layers must be at least 1.")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"dim={self.dim} must split into num_heads={self.num_heads} heads of even width.")
         if len(self.patch_size) != 3 or self.patch_size[0] != 1 or min(self.patch_size) < 1:
@@ -78,13 +79,15 @@ class FrameMask:
     window_frames: int | None = None
     clean_half: bool = False
 
+    def __post_init__(self):
+        KVCache(self.sink_frames, self.window_frames)  # has its own say about both
+
     def frames(self) -> Tensor:
         """Bool [query frame, key frame], True where the query sees the key."""
         starts = [sum(self.block_sizes[:i]) for i, size in enumerate(self.block_sizes) for _ in range(size)]
         num_frames = len(starts)
         past = torch.tensor(
-            [[remembers(k, start, self.sink_frames, self.window_frames) for k in range(num_frames)] for start in
-            starts]
+            [[remembers(k, start, self.sink_frames, self.window_frames) for k in range(num_frames)] for start in starts]
         )
         start = torch.tensor(starts)
         own = start[:, None] == start[None]
@@ -99,7 +102,8 @@ class FrameMask:
         return _dense_mask(self, torch.device(device or "cpu"))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a table made under inference_mode could not be used in training later
 def _dense_mask(mask: FrameMask, device: torch.device) -> Tensor:
     frames = mask.frames().to(device)
     return frames.repeat_interleave(mask.tokens_per_frame, 0).repeat_interleave(mask.tokens_per_frame, 1)
@@ -129,6 +133,7 @@ Attention = Callable[..., Tensor]
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def rope_table(head_dim: int, start: int, frames: int, height: int, width: int, device: torch.device) -> Tensor:
     """Complex rotations [f h w, head_dim / 2] of 3-D rotary positions; frames count from `start` of the video.
 
@@ -398,12 +403,23 @@ class TinyCausalWanModel(nn.Module):
         if height % ph or width % pw:
             raise ValueError(f"Frames of {height}x{width} do not divide into patches of {ph}x{pw}; change patch_size.")
         if self.config.model_type == "i2v":
-            start = cache.next_frame if cache else 0
-            x_t = torch.cat([x_t, cond["image_latents"][:, start : start + frames].type_as(x_t)], dim=2)
+            x_t = torch.cat([x_t, self.image_latents(cond, cache, frames).type_as(x_t)], dim=2)
         t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
+        if t.shape not in ((), (batch,), (batch, frames)):
+            raise ValueError(f"t must be a float, [{batch}] or [{batch}, {frames}] for this clip; got {list(t.shape)}.")
         t = t.reshape(-1, t.shape[-1] if t.ndim == 2 else 1).expand(batch, frames)
         dtype = self.patch_embedding.weight.dtype
         return self.patch_embedding(x_t.to(dtype)), self.time_embedding(sinusoid(t, self.config.freq_dim).to(dtype))
+
+    def image_latents(self, cond, cache: KVCache | None, frames: int) -> Tensor:
+        """The given image's latents for the frames at hand, out of those of the whole clip."""
+        if not {"image_latents", "clip_features"} <= cond.keys():
+            raise ValueError("An i2v model needs cond['image_latents'] and cond['clip_features'] besides the prompt.")
+        start = cache.next_frame if cache else 0
+        latents = cond["image_latents"][:, start : start + frames]
+        if latents.shape[1] < frames:
+            raise ValueError(f"cond['image_latents'] end before frame {start + frames}: give them for the whole clip.")
+        return latents
 
     def run_layers(self, x, time, cond, cache, mask, grid) -> tuple[Tensor, list[KeysValues]]:
         """All layers over tokens x [b f s e]; also every layer's new keys and values."""

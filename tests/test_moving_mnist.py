@@ -74,9 +74,7 @@ def test_batch_equals_items_in_any_company(config):
 
 def test_items_differ_by_index_seed_and_split():
     """Neither another index, nor another seed, nor another split repeats the draws."""
-    worlds = [
-        MovingMNIST(WorldConfig(split=split), seed=s) for split in ("train", "validation") for s in (0, 1)
-    ]
+    worlds = [MovingMNIST(WorldConfig(split=split), seed=s) for split in ("train", "validation") for s in (0, 1)]
     draws = [tuple(world._draws(i).ravel()) for world in worlds for i in range(50)]
     assert len(set(draws)) == len(draws)
 
@@ -120,9 +118,7 @@ def test_bounce_is_the_step_by_step_motion(reach, speed):
         for column, start in enumerate(starts.tolist()):
             places, speeds = walk(start, velocity, 60, reach)
             assert positions[:, column].tolist() == pytest.approx(places, abs=1e-9)
-            touches = (
-                np.minimum(np.abs(places), np.abs(reach - np.array(places))) < 1e-9
-            )  # either side of a wall
+            touches = np.minimum(np.abs(places), np.abs(reach - np.array(places))) < 1e-9  # either side of a wall
             inside = ~touches if speed % 1 else np.ones(60, bool)
             assert velocities[inside, column].tolist() == pytest.approx(np.array(speeds)[inside].tolist())
 
@@ -185,12 +181,8 @@ def test_first_step_goes_where_the_prompt_says(config, direction):
     assert (seen[:, 1] - seen[:, 0] - heading * config.speed).abs().max() < 1e-4
     still = batch["positions"][..., heading == 0]
     assert torch.equal(still, still[:, :1].expand_as(still))
-    if (
-        not config.sub_pixel
-    ):  # every allowed start occurs: 5 of the 6 places of a moving axis, all of a still one
-        assert [len(batch["positions"][:, 0, 0, axis].unique()) for axis in (0, 1)] == [
-            6 - abs(d) for d in heading
-        ]
+    if not config.sub_pixel:  # every allowed start occurs: 5 of the 6 places of a moving axis, all of a still one
+        assert [len(batch["positions"][:, 0, 0, axis].unique()) for axis in (0, 1)] == [6 - abs(d) for d in heading]
 
 
 def test_unprompted_items_cover_classes_directions_and_sprites():
@@ -264,9 +256,7 @@ def test_torchvision_source_scales_the_splits(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", types.SimpleNamespace(datasets=fake))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", fake)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    pictures, labels = sprites(
-        WorldConfig(source="torchvision", split="second_classifier", sprites_per_class=400)
-    )
+    pictures, labels = sprites(WorldConfig(source="torchvision", split="second_classifier", sprites_per_class=400))
     assert pictures.shape == (4000, 14, 14) and labels.bincount().tolist() == [400] * 10
     with pytest.raises(ValueError, match='split "train" of torchvision has 100 digits per class, not 101'):
         sprites(WorldConfig(source="torchvision", sprites_per_class=101))
@@ -278,10 +268,7 @@ def test_overlapping_digits_blend_with_max():
         world = MovingMNIST(config, seed=4)
         batch = world.batch(range(20))
         pictures = world.sprites[batch["sprite_ids"]]
-        alone = [
-            moving_mnist.render(pictures[:, [n]], batch["positions"][:, :, [n]], config.canvas)
-            for n in (0, 1)
-        ]
+        alone = [moving_mnist.render(pictures[:, [n]], batch["positions"][:, :, [n]], config.canvas) for n in (0, 1)]
         assert (torch.minimum(*alone) > 0).flatten(1).any(1).sum() > 10  # they do overlap
         assert torch.equal(batch["video"][:, :, 0], torch.maximum(*alone) * 2 - 1)
 
@@ -315,9 +302,7 @@ def test_wrong_prompt_shows_grammar_and_nearest_prompt(wrong, nearest):
         assert message.endswith(f'the nearest prompt is "{nearest}"')
 
 
-@pytest.mark.parametrize(
-    "wrong", ["", "a 12 moving right", "a 3 moving right and", "a 3 moving right a 4 moving up"]
-)
+@pytest.mark.parametrize("wrong", ["", "a 12 moving right", "a 3 moving right and", "a 3 moving right a 4 moving up"])
 def test_near_misses_of_the_grammar_are_refused(wrong):
     """Nothing is guessed from half a prompt."""
     with pytest.raises(ValueError, match="the nearest prompt is"):
@@ -411,13 +396,9 @@ def test_batches_are_cheap():
 def test_command_line(tmp_path):
     """The documented command writes one PNG and one GIF of the asked clips and prints their paths."""
     command = [sys.executable, REPOSITORY / "moving_mnist.py", "--visualize", "--num_viz", "3"]
-    run = subprocess.run(
-        [*command, "--output_dir", tmp_path / "out"], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([*command, "--output_dir", tmp_path / "out"], capture_output=True, text=True, check=True)
     lines = run.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines[:3]] == [
-        s["prompt"] for s in MovingMNIST(WorldConfig(), length=3)
-    ]
+    assert [line.split(":")[0] for line in lines[:3]] == [s["prompt"] for s in MovingMNIST(WorldConfig(), length=3)]
     assert lines[3:] == [str(tmp_path / "out" / name) for name in ("moving_mnist.png", "moving_mnist.gif")]
     gif, png = imageio.imread(lines[4]), imageio.imread(lines[3])
     assert gif.shape == (12, 4 * 26, 3 * 4 * 26, 3) and gif.max() > 200

@@ -42,9 +42,7 @@ def pixels(path):
 
 FILM = video(3, 24, 1, 8, 8)
 PAST = np.tri(4, dtype=bool).repeat(3, 0).repeat(3, 1)
-FORCING = np.block(
-    [[PAST, np.zeros_like(PAST)], [PAST & ~np.eye(4, dtype=bool).repeat(3, 0).repeat(3, 1), PAST]]
-)
+FORCING = np.block([[PAST, np.zeros_like(PAST)], [PAST & ~np.eye(4, dtype=bool).repeat(3, 0).repeat(3, 1), PAST]])
 HELD = [range(3), range(6), range(9), [0, 1, 2, *range(6, 12)]]
 PICTURES = {
     "film": lambda path=None: viz.film_strip(
@@ -52,9 +50,7 @@ PICTURES = {
     ),
     "long film": lambda path=None: viz.film_strip(video(60, 1, 8, 8), path, train_frames=12),
     "growth": lambda path=None: viz.visualize_autoregressive_generation(FILM[:, :12].split(3, dim=1), path),
-    "denoising": lambda path=None: viz.visualize_denoising_process(
-        [FILM[:, :3]] * 4, [FILM[:, :3]] * 4, STEPS, path
-    ),
+    "denoising": lambda path=None: viz.visualize_denoising_process([FILM[:, :3]] * 4, [FILM[:, :3]] * 4, STEPS, path),
     "one step": lambda path=None: viz.visualize_denoising_process([FILM[:, :1]], [FILM[:, :1]], [1000], path),
     "cache": lambda path=None: viz.visualize_kv_cache_growth([3, 6, 9, 9], path),
     "caches": lambda path=None: viz.visualize_kv_cache_growth({"all": range(3, 40, 3), "6": [3, 6, 6]}, path),
@@ -125,9 +121,7 @@ def num_images(fig):
 def test_growth_shows_the_past_and_hides_the_future():
     """Row i holds the true pixels of blocks 0..i of the first sample, and noise behind them."""
     x = video(2, 6, 1, 8, 8)
-    images = viz.visualize_autoregressive_generation(block for block in x.split(2, dim=1)).findobj(AxesImage)[
-        1:
-    ]
+    images = viz.visualize_autoregressive_generation(block for block in x.split(2, dim=1)).findobj(AxesImage)[1:]
     shown = {(i, k): image.get_array() for (i, k), image in zip(np.ndindex(3, 6), images, strict=True)}
     for (block, frame), image in shown.items():
         truth = (x[0, frame, 0] + 1).numpy() / 2
