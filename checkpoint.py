@@ -3,7 +3,7 @@
 Two forms hold the same things. A training checkpoint (`.pt`) can be resumed:
 
     generator_state_dict, critic_state_dict, ema_state_dict, optimizer_state_dict, critic_optimizer_state_dict,
-    rng_state, step, training_type, config
+    rng_state, step, seconds, training_type, config, command, machine
 
 Shipped weights (`.safetensors`) are one network, with the config in the file's header and, for people, in a `.json`
 beside it. Half-precision weights are widened on loading: master weights are float32.
@@ -59,7 +59,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each fail in their own way on a damaged file
-        raise ValueError(f"{path} cannot be read: truncated, or no checkpoint of train.py ({error}).") from error
+        raise ValueError(f"{path} cannot be read: it is truncated, or no checkpoint of train.py.") from error
     if not isinstance(state, dict) or "generator_state_dict" not in state:
         raise ValueError(f"{path} holds no generator_state_dict: it is not a checkpoint of train.py.")
     return state

@@ -25,6 +25,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,7 @@ def exits(exit_step: int | Sequence[int] | None, num_blocks: int, num_steps: int
     """The denoising step at which each block is left; None means the last."""
     if exit_step is None:
         exit_step = num_steps - 1
-    each = [exit_step] * num_blocks if isinstance(exit_step, int) else [int(step) for step in exit_step]
+    each = [exit_step] * num_blocks if isinstance(exit_step, Integral) else [int(step) for step in exit_step]
     if len(each) != num_blocks or not all(0 <= step < num_steps for step in each):
         raise ValueError(f"exit_step must be one or {num_blocks} numbers from 0 to {num_steps - 1}, got {exit_step}.")
     return each
@@ -342,6 +343,10 @@ class SelfForcingConfig:
             raise ValueError(
                 "ts_schedule bounds the score times by the exit step: it needs exit_rule 'random' or 'last'."
             )
+        if self.gradient_frames < 1:
+            raise ValueError(
+                f"gradient_frames must be at least 1, got {self.gradient_frames}; the teacher's clip length is usual."
+            )
         if self.critic_steps < 1:
             raise ValueError(
                 "critic_steps must be at least 1: without a critic that follows the student DMD is not DMD."
@@ -366,6 +371,8 @@ def training_rollout(generator, scheduler, noise, cond, config: SelfForcingConfi
     """
     lengths = config.clip_lengths()
     num_frames = lengths[int(randint(len(lengths), (1,), shared_rng))]
+    if noise.shape[1] < num_frames:
+        raise ValueError(f"noise has {noise.shape[1]} frames, the clip {num_frames}: give max_num_frames of noise.")
     sizes = block_sizes(num_frames, config.rollout.frames_per_block)
     exit_step = draw_exit(config, len(sizes), shared_rng)
     blocks = rollout(generator, scheduler, noise[:, :num_frames], cond, config.rollout, exit_step=exit_step, rng=rng)
@@ -391,7 +398,8 @@ def score_times(scheduler, config: SelfForcingConfig, exit_step, batch: int, rng
     steps = (*config.rollout.denoising_steps, 0)
     low = steps[exit_step + 1] / 1000 if config.ts_schedule else 0.0
     high = steps[exit_step] / 1000 if config.ts_schedule_max else 1.0
-    return scheduler.sample_times(batch, rng, low=max(low, config.min_score_time), high=high)
+    low = max(low, config.min_score_time)
+    return scheduler.sample_times(batch, rng, low=low, high=max(low, high))
 
 
 def self_forcing_step(
@@ -471,10 +479,14 @@ def _self_check():
         def remember(self, x, t, cond, cache):
             return cache.extend([(x.flatten(2)[:, :, None],) * 2], x.shape[1])  # one token per frame
 
+    torch.manual_seed(0)
     scheduler, config = FlowMatchScheduler(), RolloutConfig(frames_per_block=2, window_frames=3)
     student, noise = Stairs(1.0), torch.randn(1, 6, 1, 1, 1)
     video = torch.cat(list(rollout(student, scheduler, noise, {}, config, exit_step=1)), dim=1)
-    print("rollout of three blocks, each left at its second denoising step:", video.flatten().tolist())
+    print(
+        "rollout of three blocks, each left at its second denoising step:",
+        [round(x, 3) for x in video.flatten().tolist()],
+    )
     video.sum().backward()
     print("gradient of its sum:", student.stride.grad.item(), "= 3 blocks x (1 + 2); the cache passes none on")
 

@@ -45,11 +45,12 @@ class SamplingConfig:
     whole_clip: bool = False
 
     @classmethod
-    def of(cls, training) -> "SamplingConfig":
-        """As the model was trained to be sampled; `training` has the fields of train.TrainingConfig."""
+    def of(cls, training, num_frames: int) -> "SamplingConfig":
+        """As the model was trained to be sampled: `training` has the fields of train.TrainingConfig, num_frames is
+        the length of the clips."""
         if training["stage"] == "teacher":
             steps = [1000 * (1 - i / TEACHER_STEPS) for i in range(TEACHER_STEPS)]
-            whole = RolloutConfig(steps, frames_per_block=training["max_num_frames"])
+            whole = RolloutConfig(steps, frames_per_block=num_frames)
             return cls(whole, training["guidance_scale"], whole_clip=True)
         names = {f.name for f in fields(RolloutConfig)}
         settings = {name: value for name, value in training.items() if name in names}
@@ -84,25 +85,31 @@ def load_model(path: str | Path, weights: str = "ema", device="cpu") -> LoadedMo
         model.to(device).eval().requires_grad_(False),
         FlowMatchScheduler(config["scheduler"]["shift"]),
         PromptEncoder(settings["text_dim"], settings["text_len"]),
-        SamplingConfig.of(config["training"]),
+        SamplingConfig.of(config["training"], world["num_frames"]),
         world["num_frames"],
         (world["channels"], world["canvas"], world["canvas"]),
     )
 
 
 def sample_blocks(
-    model, scheduler, encoder, prompts: Sequence[str], sampling: SamplingConfig, shape: Sequence[int], rng
+    model, scheduler, encoder, prompts: Sequence[str], sampling: SamplingConfig, shape: Sequence[int], keys
 ) -> Iterator[Tensor]:
-    """Yield the clean blocks [B, n, C, H, W] of one video per prompt, as soon as they exist. shape: (F, C, H, W)."""
+    """Yield the clean blocks [B, n, C, H, W] of one video per prompt, as soon as they exist.
+
+    shape: (F, C, H, W). keys: see `sample_keys`. Noise is drawn frame by frame, so that a longer video begins with the
+    shorter one.
+    """
     device = next(model.parameters()).device
     cond, uncond = (
         {name: x.to(device) for name, x in embeds.items()} for embeds in (encoder(prompts), encoder.null(len(prompts)))
     )
     guided = Guided(model, uncond, sampling.guidance_scale) if sampling.guidance_scale != 1 else model
     sampler = euler if sampling.whole_clip else renoise
-    noise = randn((len(prompts), *shape), rng, device=device)
+    frames, *frame_shape = shape
+    first, rng = ([generator(*key, purpose) for key in keys] for purpose in ("noise", "renoise"))
+    noise = torch.stack([randn((len(prompts), *frame_shape), first, device=device) for _ in range(frames)], dim=1)
     blocks = rollout(guided, scheduler, noise, cond, sampling.rollout, rng=rng, sampler=sampler)
-    remaining = shape[0]
+    remaining = frames
     while remaining:  # never ask beyond the last block: what it would remember is of no use
         with torch.no_grad():
             block = next(blocks)
@@ -112,19 +119,18 @@ def sample_blocks(
 
 def sample(model, scheduler, encoder, prompts, sampling, shape, seed: int = 0) -> Tensor:
     """One video per prompt, [B, F, C, H, W], on the CPU."""
-    rng = sample_generators(prompts, seed)
-    blocks = sample_blocks(model, scheduler, encoder, prompts, sampling, shape, rng)
+    blocks = sample_blocks(model, scheduler, encoder, prompts, sampling, shape, sample_keys(prompts, seed))
     return torch.cat([block.float().cpu() for block in blocks], dim=1)
 
 
-def sample_generators(prompts: Sequence[str], seed: int) -> list[torch.Generator]:
-    """The k-th occurrence of a prompt has its own numbers, whatever its neighbours are."""
+def sample_keys(prompts: Sequence[str], seed: int) -> list[tuple]:
+    """What fixes each video's numbers: the seed, the prompt, and how often the prompt stood before; no neighbour."""
     seen = Counter()
-    rng = []
+    keys = []
     for prompt in prompts:
-        rng.append(generator(seed, "generate", prompt, seen[prompt]))
+        keys.append((seed, "generate", prompt, seen[prompt]))
         seen[prompt] += 1
-    return rng
+    return keys
 
 
 def sample_videos(
@@ -147,13 +153,13 @@ def sample_videos(
     sampling = adapt(loaded, num_frames, denoising_steps, guidance_scale)
     shape = (num_frames or loaded.num_frames, *loaded.frame_shape)
     sizes = block_sizes(shape[0], sampling.rollout.frames_per_block)
-    rng = sample_generators(prompts, seed)
+    keys = sample_keys(prompts, seed)
     videos = []
     with tqdm(total=len(prompts) * len(sizes), desc="blocks", unit="block", leave=False) as bar:
         for part in (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)):
             blocks = []
             for block in sample_blocks(
-                loaded.model, loaded.scheduler, loaded.encoder, prompts[part], sampling, shape, rng[part]
+                loaded.model, loaded.scheduler, loaded.encoder, prompts[part], sampling, shape, keys[part]
             ):
                 blocks.append(block.float().cpu())
                 bar.update(len(block))
@@ -164,6 +170,8 @@ def sample_videos(
 def adapt(loaded: LoadedModel, num_frames, denoising_steps, guidance_scale) -> SamplingConfig:
     """The checkpoint's own way of sampling with what the user asked to change."""
     sampling = loaded.sampling
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"--num_frames must be at least 1, got {num_frames}.")
     if sampling.whole_clip and num_frames not in (None, loaded.num_frames):
         raise ValueError(
             f"This model makes clips of {loaded.num_frames} frames at once: use --num_frames {loaded.num_frames}."
@@ -232,6 +240,6 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -69,14 +69,13 @@ def explain_self_forcing() -> str:
 EXPLANATION = """\
 # Self-Forcing
 
-A video model that works block by block is usually trained on *real* pasts and used on *its own*. The first small
-mistake puts it where it has never been, and it drifts: exposure bias. Self-Forcing trains on the model's own past.
+A video model that works block by block is usually trained on *real* pasts and used on *its own*. The first mistake
+puts it where it has never been, and it drifts: exposure bias. Self-Forcing trains on the model's own past.
 
-1. **Roll out** (`dynamic_video_sf.rollout`). Each block starts from noise and is cleaned in a few denoising steps,
-seeing
-   its past through a KV cache (`kv_cache.KVCache`). Training and inference run the same function.
-2. **Keep one call's gradient.** A block is left at a random step; only that call is differentiated, and the cache is
-   detached, so memory does not grow with the number of steps.
+1. **Roll out** (`dynamic_video_sf.rollout`). Each block starts from noise and is cleaned in a few denoising steps, and
+   sees its past through a KV cache (`kv_cache.KVCache`). Training and inference run the same function.
+2. **Keep one call's gradient.** A block is left at one step, random or the last; only that call is differentiated, and
+   the cache is detached, so memory does not grow with the number of steps.
 3. **Score the whole video** (`dmd_loss`). A frozen teacher says what real video it sees in the noised clip, an online
    critic says what the student would have made; their difference is the gradient.
 4. **Train the critic** (`flow_matching_loss`) on the student's videos, several times for each step of the student.

@@ -21,16 +21,17 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.utils import get_method, instantiate
+from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,6 +46,7 @@ from dynamic_video_sf import (
 )
 from flow_match import FlowMatchScheduler
 from generate import SamplingConfig, sample
+from kv_cache import block_sizes
 from moving_mnist import WorldConfig
 from randomness import generator, generators, rand, randn
 from tiny_causal_wan import WanConfig
@@ -112,21 +114,22 @@ class TrainingConfig:
     sample_every: int = 50
 
     def __post_init__(self):
-        check_types(self)
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"training.{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}."
-                )
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # YAML has no tuples
+                object.__setattr__(self, name, tuple(value))
+            if name in CHOICES and value not in CHOICES[name]:
+                allowed = ", ".join("null" if choice is None else choice for choice in CHOICES[name])
+                raise ValueError(f"training.{name} must be one of {allowed}; got {value!r}.")
+            if name in COUNTS and value is not None and value < 1:
+                raise ValueError(f"training.{name} must be at least 1, got {value}.")
+            if name in FRACTIONS and not 0 <= value <= 1:
+                raise ValueError(f"training.{name} must lie between 0 and 1, got {value}.")
         micro = self.micro_batch_size or self.batch_size
-        if self.batch_size < 1 or self.batch_size % micro:
+        if self.batch_size % micro:
             raise ValueError(
                 f"training.batch_size={self.batch_size} is not a whole number of micro batches of {micro}; "
                 "choose a micro_batch_size that divides it."
             )
-        for name in ("num_steps", "checkpoint_every", "sample_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} must be at least 1.")
         self.self_forcing  # noqa: B018  (says what is wrong with the rollout settings)
 
     @property
@@ -154,20 +157,10 @@ CHOICES = {
     "critic_optimizer": ("adamw", "muon"),
     "forcing": ("teacher", "diffusion"),
 }
-
-
-def check_types(config) -> None:
-    """Values from a command line may be of any type: refuse what a dataclass's annotation does not allow."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if isinstance(value, list):
-            object.__setattr__(config, name, value := tuple(value))
-        kinds = hint.__args__ if isinstance(hint, UnionType) else (hint,)
-        allowed = {getattr(kind, "__origin__", kind) for kind in kinds}  # tuple[int, ...] is a tuple
-        allowed |= {int} if float in allowed else set()
-        if not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in allowed):
-            names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in allowed)
-            raise ValueError(f"training.{name} must be {names}, got {value!r}.")
+COUNTS = ("num_steps", "batch_size", "micro_batch_size", "checkpoint_every", "sample_every", "short_clip_frames")
+COUNTS += ("gradient_frames", "min_num_frames")
+FRACTIONS = ("decay_fraction", "ema_decay", "prompt_dropout", "min_score_time")
+GROUPS = {"training": TrainingConfig, "model": WanConfig, "world": WorldConfig}
 
 
 # ------------------------------------------------------------------------------------------------------- one run
@@ -223,7 +216,7 @@ class Run:
 
 def build(cfg) -> Run:
     """A run at step 0 out of the composed config."""
-    config: TrainingConfig = instantiate(cfg.training, _convert_="all")
+    config: TrainingConfig = make(cfg.training)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     networks = {"generator": network(cfg.generator, cfg, config.pretrained_checkpoint, device)}
@@ -236,30 +229,58 @@ def build(cfg) -> Run:
     optimizers = {"generator": make_optimizers(networks["generator"], config.optimizer, config.lr, config)}
     if "critic" in networks:
         optimizers["critic"] = make_optimizers(networks["critic"], config.critic_optimizer, config.critic_lr, config)
-    return Run(
+    run = Run(
         config,
         OmegaConf.to_container(cfg, resolve=True),
-        instantiate(cfg.scheduler, _convert_="all"),
-        instantiate(cfg.data, _convert_="all"),
-        instantiate(cfg.encoder, _convert_="all"),
+        make(cfg.scheduler),
+        make(cfg.data),
+        make(cfg.encoder),
         networks,
         optimizers,
         EMA(networks["generator"], config.ema_decay, config.ema_start_step),
         teacher,
         device=device,
     )
+    check_shapes(run)
+    return run
+
+
+def make(node):
+    """Build what a `_target_` names. Raises ValueError in one sentence if it refuses its options."""
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error
+        while isinstance(cause, InstantiationException) and cause.__cause__:
+            cause = cause.__cause__
+        raise ValueError(str(cause) if isinstance(cause, ValueError) else " ".join(str(error).split())) from error
+
+
+def check_shapes(run: Run) -> None:
+    """Data, model and blocks must fit together: say so now, not at the first sample. Raises ValueError."""
+    _, num_frames, channels, *_ = run.data.batch([0])["video"].shape
+    model = run.networks["generator"].config
+    if channels != model.out_dim or (model.model_type == "t2v" and channels != model.in_dim):
+        raise ValueError(f"Videos have {channels} channels: set model.in_dim and model.out_dim to {channels}.")
+    if run.config.stage != "teacher":
+        block_sizes(num_frames, run.config.num_frames_per_block)
+    if run.config.stage == "init" and run.config.short_clip_steps:
+        block_sizes(min(num_frames, run.config.short_clip_frames), run.config.num_frames_per_block)
 
 
 def pick_device(name: str) -> torch.device:
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if "cuda" in found else "cpu"
+    if name.split(":")[0] not in found:
+        raise ValueError(f"training.device={name} is not to be had on this machine; use {' or '.join(found)}.")
     return torch.device(name)
 
 
 def network(builder, cfg, checkpoint: str | None, device) -> nn.Module:
-    model = instantiate(builder, _convert_="all")
+    model = make(builder)
     if cfg.attention:
-        model.attention = get_method(cfg.attention)
+        model.attention = make({"_target_": "hydra.utils.get_method", "path": cfg.attention})
     if checkpoint:
         fill(model, load_weights(locate(checkpoint)).state_dict, checkpoint)
     if any(p.dtype != torch.float32 for p in model.parameters()):
@@ -437,8 +458,7 @@ def fit(cfg) -> Path:
         run.load_state_dict(load_checkpoint(last))
         print(f"Resuming {folder} at step {run.step}.")
     stop = Interrupt()
-    wandb = start_wandb(cfg, folder)
-    with open_log(folder / "metrics.csv", run.step) as log, stop:
+    with open_log(folder / "metrics.csv", run.step) as log, wandb_log(cfg, folder) as wandb, stop:
         loop = training_loop(run)
         bar = tqdm(loop, initial=run.step, total=run.config.num_steps, desc=run.config.stage, unit="step")
         for values in bar:
@@ -460,20 +480,38 @@ def fit(cfg) -> Path:
 def prepare_folder(run: Run) -> Path:
     """The run's folder, holding its config; what is there but cannot be resumed is moved aside."""
     folder = Path(run.config.output_dir)
-    written = folder / "config.yaml"
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"training.output_dir must be a folder of its own, such as logs/training; got {str(folder)!r}."
+        )
+    last = folder / "checkpoint_last.pt"
     config = OmegaConf.to_yaml(OmegaConf.create(run.record))
     if folder.exists() and any(folder.iterdir()):
-        same = written.exists() and written.read_text() == config
-        if not same or (folder / "checkpoint_final.pt").exists():
+        resumable = holds(folder, config) and (not last.exists() or is_current(last, run.config))
+        if not resumable or (folder / "checkpoint_final.pt").exists():
             number = 1
             while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
                 number += 1
             shutil.move(folder, aside)
             print(f"{folder} held another run: moved to {aside}.")
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic(written) as temporary:
+    for unfinished in folder.glob(".*.tmp"):  # writes that a kill cut short
+        unfinished.unlink()
+    with atomic(folder / "config.yaml") as temporary:
         temporary.write_text(config)
     return folder
+
+
+def holds(folder: Path, config: str) -> bool:
+    """Whether the run in the folder is one of this config (as YAML)."""
+    written = folder / "config.yaml"
+    return written.exists() and written.read_text() == config
+
+
+def is_current(checkpoint: Path, training) -> bool:
+    """Whether a checkpoint exists and is newer than the weights that its run started from."""
+    sources = [locate(path) for path in (training.pretrained_checkpoint, training.teacher_checkpoint) if path]
+    return checkpoint.exists() and all(x.stat().st_mtime <= checkpoint.stat().st_mtime for x in sources if x.exists())
 
 
 class open_log:
@@ -522,7 +560,7 @@ def preview(run: Run, folder: Path) -> dict[str, float]:
     if weights:
         model.load_state_dict(weights, strict=False)
     batch = run.data.batch(range(8))
-    sampling = SamplingConfig.of(asdict(run.config))
+    sampling = SamplingConfig.of(asdict(run.config), batch["video"].shape[1])
     with autocast(run):
         video = sample(
             model,
@@ -539,19 +577,22 @@ def preview(run: Run, folder: Path) -> dict[str, float]:
     return {"sample_ink": shown.mean().item(), "sample_speed": shown.diff(dim=1).abs().mean().item()}
 
 
-def start_wandb(cfg, folder: Path):
+@contextmanager
+def wandb_log(cfg, folder: Path):
     """A function that logs a row to wandb, or does nothing: wandb is off unless asked for."""
+    modes = ("disabled", "offline", "online")
+    if cfg.wandb.mode not in modes:
+        raise ValueError(f"wandb.mode must be one of {', '.join(modes)}; got {cfg.wandb.mode!r}.")
     if cfg.wandb.mode == "disabled":
-        return lambda values: None
-    import wandb
-
-    run = wandb.init(
-        project=cfg.wandb.project,
-        mode=cfg.wandb.mode,
-        dir=str(folder),
-        config=OmegaConf.to_container(cfg, resolve=True),
-    )
-    return lambda values: run.log(values, step=values["step"])
+        yield lambda values: None
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("wandb is not installed: pip install wandb, or leave wandb.mode=disabled.") from error
+    record = OmegaConf.to_container(cfg, resolve=True)
+    with wandb.init(project=cfg.wandb.project, mode=cfg.wandb.mode, dir=str(folder), config=record) as run:
+        yield lambda values: run.log(values, step=values["step"])
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -559,11 +600,13 @@ def start_wandb(cfg, folder: Path):
 
 def register_defaults() -> None:
     """Make every dataclass a config group entry: its defaults are written once, next to the code."""
-    for name, kind in {"training": TrainingConfig, "model": WanConfig, "world": WorldConfig}.items():
-        node = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(kind())}
-        if kind is TrainingConfig:
-            node["_target_"] = "train.TrainingConfig"
-        ConfigStore.instance().store(group="defaults", name=name, node=node)
+    for name, kind in GROUPS.items():
+        ConfigStore.instance().store(group="defaults", name=name, node={"_target_": target(kind), **asdict(kind())})
+
+
+def target(kind: type) -> str:
+    module = "train" if kind is TrainingConfig else kind.__module__  # not "__main__"
+    return f"{module}.{kind.__qualname__}"
 
 
 def load_config(overrides: Sequence[str]):
@@ -571,22 +614,71 @@ def load_config(overrides: Sequence[str]):
     register_defaults()
     with initialize_config_dir(str(Path(__file__).parent.resolve() / "configs"), version_base="1.3"):
         try:
-            return compose("train", overrides=list(overrides))
+            cfg = compose("train", overrides=list(overrides))
         except Exception as error:  # Hydra and OmegaConf raise many kinds; a user needs one sentence
             raise ValueError(explain(error, compose("train"))) from error
+    for group, kind in GROUPS.items():
+        if OmegaConf.select(cfg, f"{group}._target_") == target(kind):
+            check_options(group, kind, OmegaConf.to_container(cfg[group], resolve=True))
+    return cfg
 
 
 def explain(error: Exception, cfg) -> str:
+    """One sentence that names the fix."""
     message = str(error).split("\n")[0]
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read; options are written group.name=value, such as training.num_steps=50."
+        )
+    if isinstance(error, MissingConfigException) and error.options:
+        return f"There is no {error.missing_cfg_file}; known are {', '.join(error.options)}."
     key = re.search(r"override '([^']+)'", message)
     if not key:
         return message
-    group, _, name = key[1].rpartition(".")
-    known = list(OmegaConf.select(cfg, group) or []) if group else list(cfg)
+    group = key[1].rpartition(".")[0]
+    return no_option(key[1], list(OmegaConf.select(cfg, group) or []) if group else list(cfg))
+
+
+def no_option(option: str, known: Sequence[str]) -> str:
+    group, dot, name = option.rpartition(".")
     near = difflib.get_close_matches(name, known, n=1)
-    place = f"{group}." if group else ""
-    hint = f"did you mean {place}{near[0]}?" if near else f"known are {', '.join(map(str, known))}."
-    return f"There is no option {key[1]}; {hint}"
+    hint = f"did you mean {group}{dot}{near[0]}?" if near else f"known are {', '.join(known)}."
+    return f"There is no option {option}; {hint}"
+
+
+def check_options(group: str, kind: type, values: dict[str, Any]) -> None:
+    """Refuse options that a dataclass does not have, and values that its annotations do not allow."""
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name == "_target_":
+            continue
+        if name not in hints:
+            raise ValueError(no_option(f"{group}.{name}", list(hints)))
+        if not allows(hints[name], value):
+            spelled = hints[name].__name__ if type(hints[name]) is type else str(hints[name])
+            for python, yaml in {"tuple": "list", "None": "null", " | ": " or "}.items():
+                spelled = spelled.replace(python, yaml)
+            raise ValueError(f"{group}.{name} must be {spelled}, got {value!r}.")
+
+
+def allows(hint, value) -> bool:
+    """Whether a value of a YAML file fits an annotation: a list is a tuple there, and an int will do for a float."""
+    if isinstance(hint, UnionType):
+        return any(allows(kind, value) for kind in hint.__args__)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            return False
+        kinds = get_args(hint)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return len(kinds) == len(value) and all(map(allows, kinds, value))
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+# Where a stage starts when stages run in a row: its option, and the stage whose weights it names.
+SOURCES = {
+    "init": {"pretrained_checkpoint": "teacher"},
+    "self_forcing": {"pretrained_checkpoint": "init", "teacher_checkpoint": "teacher"},
+}
 
 
 def main(overrides: Sequence[str]) -> Path:
@@ -594,27 +686,24 @@ def main(overrides: Sequence[str]) -> Path:
     cfg = load_config(overrides)
     if not cfg.stages:
         return fit(cfg)
-    own = [o for o in overrides if not o.startswith(("experiment=", "stage="))]
+    if any(override.startswith("stage=") for override in overrides):
+        raise ValueError("This experiment lists its stages: leave out stage=, finished ones are not run again.")
     made: dict[str, Path] = {}
     for stage, settings in cfg.stages.items():
-        wiring = [f"training.output_dir={cfg.training.output_dir}/{stage}"]
-        if stage == "init":
-            wiring += [f"training.pretrained_checkpoint={made['teacher']}"]
-        if stage == "self_forcing":
-            wiring += [
-                f"training.pretrained_checkpoint={made['init']}",
-                f"training.teacher_checkpoint={made['teacher']}",
-            ]
-        made[stage] = fit_once(load_config([f"stage={stage}", *settings, *own, *wiring]))
+        one = load_config([f"stage={stage}", *settings, *overrides])
+        one.stages, one.training.output_dir = None, f"{cfg.training.output_dir}/{stage}"
+        for option, source in SOURCES.get(stage, {}).items():
+            if source in made:
+                one.training[option] = str(made[source])
+        made[stage] = fit_once(one)
     return made[stage]
 
 
 def fit_once(cfg) -> Path:
     """A stage of an experiment: finished ones are not run again."""
-    folder = Path(cfg.training.output_dir)
-    final, written = folder / "checkpoint_final.pt", folder / "config.yaml"
-    resolved = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
-    if final.exists() and written.exists() and written.read_text() == resolved:
+    final = Path(cfg.training.output_dir) / "checkpoint_final.pt"
+    config = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+    if holds(final.parent, config) and is_current(final, cfg.training):
         print(f"{final} is there already.")
         return final
     return fit(cfg)
@@ -626,7 +715,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
 
@@ -641,19 +730,8 @@ class SimplifiedTrainer:
         return main(self.overrides)
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """Hydra wraps what a dataclass says; the sentence is in the innermost error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    except Exception as error:
-        if not isinstance(root_cause(error), ValueError):
-            raise
-        sys.exit(f"train.py: {root_cause(error)}")

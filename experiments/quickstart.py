@@ -3,8 +3,8 @@
     make quickstart        or        python -m experiments.quickstart [training.num_steps=200 ...]
 
 The same prompts and noise go through the causal init ("before") and through the network that this run trained
-("after"), three times as long as any training clip. Writes before_after.gif, curves.png, metrics.json and samples.npz to
-outputs/quickstart/ and exits non-zero if accuracy past the training length did not rise as promised.
+("after"), three times as long as any training clip. Writes before_after.gif, curves.png, metrics.json and samples.npz
+to outputs/quickstart/ and exits non-zero if accuracy past the training length did not rise as promised.
 """
 
 import json
@@ -22,7 +22,7 @@ from checkpoint import atomic, locate
 from generate import load_model, sample_videos
 from metrics import evaluate, load_classifier, make_reference, real_videos, uniform_prompts
 from moving_mnist import WorldConfig
-from train import fit_once, load_config, machine
+from train import fit, load_config, machine
 from visualization import plot_metric_curves, save_video_grid
 
 OUTPUT = Path("outputs/quickstart")
@@ -35,7 +35,7 @@ def main(overrides: list[str]) -> None:
     seconds: dict[str, float] = {}
     cfg = load_config(["experiment=quickstart", *overrides])
     with timed("training", seconds):
-        trained = fit_once(cfg)
+        trained = fit(cfg)
     with timed("sampling", seconds):
         world = WorldConfig()
         prompts, num_frames = uniform_prompts(NUM_VIDEOS), LENGTHS * world.num_frames

@@ -22,9 +22,7 @@ def plot_metric_curves(curves, save_path=None, train_frames=None, title=None, me
     unknown = [name for name in metrics if name not in known]
     if unknown or not metrics:
         missing = ", ".join(unknown) or "(none given)"
-        raise ValueError(
-            f"no run has the metric {missing}: choose from {', '.join(known) or 'an empty list'}"
-        )
+        raise ValueError(f"no run has the metric {missing}: choose from {', '.join(known) or 'an empty list'}")
     cols = 2 if len(metrics) == 4 else min(len(metrics), 3)
     rows = -(-len(metrics) // cols)
     fig, axes = panels(rows, cols, 1.6 + 3.4 * cols, 2.6 * rows + 0.3 * bool(title))

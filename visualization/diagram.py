@@ -64,12 +64,8 @@ def draw_denoising(ax):
     step = {"y": STEP_Y, "width": STEP_WIDTH, "height": STEP_HEIGHT}
     draw_labelled_box(ax, STEPS[0], **step, head="generator, $t_1$", words="no_grad")
     draw_labelled_box(ax, STEPS[1], **step, head="generator, $t_2$", words="no_grad")
-    draw_labelled_box(
-        ax, STEPS[2], **step, head="generator, $t_3$", words="exit step: gradient", edge=VERMILLION
-    )
-    draw_labelled_box(
-        ax, STEPS[3], **step, head="generator, $t_4$", words="not run", edge=FAINT, color=SOFT, line="--"
-    )
+    draw_labelled_box(ax, STEPS[2], **step, head="generator, $t_3$", words="exit step: gradient", edge=VERMILLION)
+    draw_labelled_box(ax, STEPS[3], **step, head="generator, $t_4$", words="not run", edge=FAINT, color=SOFT, line="--")
     for x in STEPS[:2]:
         draw_arrow(ax, (x + STEP_WIDTH + 0.06, FLOW), (x + 1.93, FLOW))
         write(ax, x + STEP_WIDTH + 0.27, FLOW - 0.15, "re-noise", size=SMALL, color=SOFT)
@@ -110,9 +106,7 @@ def draw_next_block(ax):
     draw_arrow(ax, (10.48, CACHE + 0.72), (CLEAN - 0.1, CACHE + 0.72), color=SKY)
     draw_block(ax, CLEAN, CACHE + 0.47, "noise", width=FRAME)
     write(ax, CLEAN + 1.7, CACHE + 0.72, "block i + 1:\nthe same again", ha="left")
-    words = (
-        "In training the exit step is random; inference runs all steps, without gradient. All else is equal."
-    )
+    words = "In training the exit step is random; inference runs all steps, without gradient. All else is equal."
     write(ax, 0.75, 5.88, words, ha="left", style="italic")
 
 
@@ -128,9 +122,7 @@ def draw_judges(ax):
     words = "frozen; uncond + w (cond - uncond)"
     draw_labelled_box(ax, 6.5, upper, 3.0, **box, head="teacher: real score", words=words, edge=GREEN)
     words = "learns online; no guidance"
-    draw_labelled_box(
-        ax, 6.5, lower, 3.0, **box, head="critic: fake score", words=words, edge=PURPLE, line="--"
-    )
+    draw_labelled_box(ax, 6.5, lower, 3.0, **box, head="critic: fake score", words=words, edge=PURPLE, line="--")
     words = r"$(x_0^{fake} - x_0^{real})\;/\;\mathrm{mean}\,|x - x_0^{real}|$"
     draw_labelled_box(ax, 10.6, y, 3.4, **box, head="gradient on $x$", words=words, edge=VERMILLION)
     for side, name in ((-1, "$x_0^{real}$"), (1, "$x_0^{fake}$")):
@@ -148,16 +140,13 @@ def draw_critic_training(ax):
     draw_path(ax, corners, color=PURPLE, width=2)
     write(ax, 8.2, 9.7, r"min  $\Vert v(x_t, t) - (\mathrm{noise} - x)\Vert^2$", ha="left", size=HEADING)
     words = (
-        "The critic learns by flow matching on the student's videos (detached), "
-        "several critic steps per student step."
+        "The critic learns by flow matching on the student's videos (detached), several critic steps per student step."
     )
     write(ax, VIDEO, 10.12, words, ha="left")
 
 
 def draw_labelled_box(ax, x, y, width, height, *, head, words, edge=SOFT, color=INK, line="-", linewidth=1.6):
     """A box with a heading and a line of text."""
-    draw_box(
-        ax, x, y, width, height, edge=edge, line=line, linewidth=2.8 if edge == VERMILLION else linewidth
-    )
+    draw_box(ax, x, y, width, height, edge=edge, line=line, linewidth=2.8 if edge == VERMILLION else linewidth)
     write(ax, x + width / 2, y + 0.35 * height, head, size=HEADING, weight="bold", color=color)
     write(ax, x + width / 2, y + 0.7 * height, words, size=BODY if width > 1.45 else SMALL, color=color)

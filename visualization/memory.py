@@ -85,11 +85,7 @@ def show_cache(frames_held, save_path=None, sink_frames=0, title="Which frames t
     num_frames = max(map(len, kinds))
     size = min(0.42, max(0.2, 10 / num_frames))
     left, top, pitch = 1.3, 1.05, size + GAP
-    key = {
-        kind: LOOKS[kind].meaning
-        for kind in ("sink", "cached", "evicted")
-        if any(kind in row for row in kinds)
-    }
+    key = {kind: LOOKS[kind].meaning for kind in ("sink", "cached", "evicted") if any(kind in row for row in kinds)}
     width = left + max(num_frames * pitch, key_width(key), text_width(title, TITLE, "bold")) + 0.3
     fig, ax = page(width, top + len(rows) * (pitch + GAP) + 0.25)
     write(ax, left, 0.32, title, size=TITLE, ha="left", weight="bold")
@@ -125,9 +121,7 @@ def show_mask(frame_mask, save_path=None, *, frames_per_block=None, sink_frames=
         raise ValueError(f"halves needs two names and an even square mask, got {halves} for {rows} x {cols}")
     kinds = mask_kinds(mask, frames_per_block, sink_frames, 2 if halves else 1)
     title = title or "Which frame sees which"
-    key = {
-        kind: words if frames_per_block else "sees" for kind, words in WHY.items() if (kinds == kind).any()
-    }
+    key = {kind: words if frames_per_block else "sees" for kind, words in WHY.items() if (kinds == kind).any()}
     left, top, cell = 0.95, 1.4, min(0.3, max(0.1, 7 / cols))
     width = left + max(cols * cell, key_width(key), text_width(title, TITLE, "bold")) + 0.3
     fig, ax = page(width, top + max(rows * cell, 1.2) + 0.3)
@@ -182,13 +176,7 @@ def draw_borders(ax, rows, cols, left, top, cell, frames_per_block, halves):
     starts = block_starts(num_frames, frames_per_block)
     right, bottom = left + cols * cell, top + rows * cell
     for k in range(cols + 1):
-        look = (
-            (INK, 2.2, 6)
-            if k in (num_frames, 0, cols)
-            else (INK, 0.9, 5)
-            if k % num_frames in starts
-            else RULE
-        )
+        look = (INK, 2.2, 6) if k in (num_frames, 0, cols) else (INK, 0.9, 5) if k % num_frames in starts else RULE
         style = dict(zip(("color", "linewidth", "zorder"), look, strict=True))
         x, y = left + k * cell, bottom - (cols - k) * cell
         ax.plot([x, x], [top, bottom], **style)
