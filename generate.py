@@ -46,7 +46,7 @@ class SamplingConfig:
 
     @classmethod
     def of(cls, training, num_frames: int) -> "SamplingConfig":
-        """As the model was trained to be sampled: `training` has the fields of train.TrainingConfig, num_frames is
+        """As the model was trained to be sampled: `training` has the fields of settings.TrainingConfig, num_frames is
         the length of the clips."""
         if training["stage"] == "teacher":
             steps = [1000 * (1 - i / TEACHER_STEPS) for i in range(TEACHER_STEPS)]

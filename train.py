@@ -10,36 +10,22 @@ and resumed ends with the very weights of one that was not. Options are those of
 configs/train.yaml.
 """
 
-import csv
-import difflib
-import os
-import platform
-import re
-import shutil
-import signal
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import EMA, atomic, fill, load_checkpoint, load_weights, locate, save_checkpoint
+from checkpoint import EMA, fill, load_checkpoint, load_weights, locate, save_checkpoint
 from dynamic_video_sf import (
-    RolloutConfig,
-    SelfForcingConfig,
     causal_forcing_loss,
     flow_matching_loss,
     self_forcing_step,
@@ -47,121 +33,10 @@ from dynamic_video_sf import (
 from flow_match import FlowMatchScheduler
 from generate import SamplingConfig, sample
 from kv_cache import block_sizes
-from moving_mnist import WorldConfig
 from randomness import generator, generators, rand, randn
-from tiny_causal_wan import WanConfig
+from run_folder import Interrupt, holds, is_current, machine, open_log, prepare_folder, wandb_log
+from settings import TrainingConfig, load_config, make
 from visualization import film_strip
-
-STAGES = ("teacher", "init", "self_forcing")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Everything about training that is not the model, the world or the schedule. Steps, frames and samples are counts.
-
-    batch_size is global; micro_batch_size (None: all at once) is what is held in memory, gradients accumulate. lr is
-    that of Muon's matrices, other parameters get a tenth of it; with AdamW it is everybody's. The lr rises over
-    warmup_steps and falls to zero over the last decay_fraction of the run. The rollout settings are those of
-    SelfForcingConfig and RolloutConfig (denoising_steps in 0..1000).
-    """
-
-    stage: str = "self_forcing"
-    output_dir: str = "logs/training"
-    seed: int = 0
-    device: str = "auto"
-    autocast: str | None = "bf16"
-
-    num_steps: int = 300
-    batch_size: int = 16
-    micro_batch_size: int | None = None
-    optimizer: str = "adamw"
-    critic_optimizer: str = "muon"
-    lr: float = 2e-4
-    critic_lr: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    warmup_steps: int = 0
-    decay_fraction: float = 0.0
-    ema_decay: float = 0.98
-    ema_start_step: int = 0
-
-    pretrained_checkpoint: str | None = None
-    teacher_checkpoint: str | None = None
-    prompt_dropout: float = 0.1
-    short_clip_steps: int = 0
-    short_clip_frames: int = 3
-    forcing: str = "teacher"
-
-    denoising_steps: tuple[float, ...] = (1000, 750, 500, 250)
-    num_frames_per_block: int | tuple[int, ...] = 3
-    context_noise: float = 0
-    sink_frames: int = 0
-    window_frames: int | None = 6
-    guidance_scale: float = 2.0
-    fake_guidance_scale: float | None = None
-    critic_steps: int = 3
-    fresh_rollouts: bool = False
-    exit_rule: str = "last"
-    gradient_frames: int = 12
-    min_num_frames: int = 12
-    max_num_frames: int = 12
-    min_score_time: float = 0.0
-    ts_schedule: bool = False
-    ts_schedule_max: bool = False
-
-    checkpoint_every: int = 50
-    sample_every: int = 50
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, list):  # YAML has no tuples
-                object.__setattr__(self, name, tuple(value))
-            if name in CHOICES and value not in CHOICES[name]:
-                allowed = ", ".join("null" if choice is None else choice for choice in CHOICES[name])
-                raise ValueError(f"training.{name} must be one of {allowed}; got {value!r}.")
-            if name in COUNTS and value is not None and value < 1:
-                raise ValueError(f"training.{name} must be at least 1, got {value}.")
-            if name in FRACTIONS and not 0 <= value <= 1:
-                raise ValueError(f"training.{name} must lie between 0 and 1, got {value}.")
-        micro = self.micro_batch_size or self.batch_size
-        if self.batch_size % micro:
-            raise ValueError(
-                f"training.batch_size={self.batch_size} is not a whole number of micro batches of {micro}; "
-                "choose a micro_batch_size that divides it."
-            )
-        self.self_forcing  # noqa: B018  (says what is wrong with the rollout settings)
-
-    @property
-    def rollout(self) -> RolloutConfig:
-        return RolloutConfig(
-            self.denoising_steps, self.num_frames_per_block, self.context_noise, self.sink_frames, self.window_frames
-        )
-
-    @property
-    def self_forcing(self) -> SelfForcingConfig:
-        own = {f.name for f in fields(self)}
-        shared = {f.name: getattr(self, f.name) for f in fields(SelfForcingConfig) if f.name in own}
-        return SelfForcingConfig(rollout=self.rollout, **shared)
-
-    @property
-    def updates(self) -> tuple[str, ...]:
-        """The networks that a step updates, in order."""
-        return ("generator",) + ("critic",) * (self.critic_steps if self.stage == "self_forcing" else 0)
-
-
-CHOICES = {
-    "stage": STAGES,
-    "autocast": (None, "bf16"),
-    "optimizer": ("adamw", "muon"),
-    "critic_optimizer": ("adamw", "muon"),
-    "forcing": ("teacher", "diffusion"),
-}
-COUNTS = ("num_steps", "batch_size", "micro_batch_size", "checkpoint_every", "sample_every", "short_clip_frames")
-COUNTS += ("gradient_frames", "min_num_frames")
-FRACTIONS = ("decay_fraction", "ema_decay", "prompt_dropout", "min_score_time")
-GROUPS = {"training": TrainingConfig, "model": WanConfig, "world": WorldConfig}
-
 
 # ------------------------------------------------------------------------------------------------------- one run
 
@@ -243,17 +118,6 @@ def build(cfg) -> Run:
     )
     check_shapes(run)
     return run
-
-
-def make(node):
-    """Build what a `_target_` names. Raises ValueError in one sentence if it refuses its options."""
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause = error
-        while isinstance(cause, InstantiationException) and cause.__cause__:
-            cause = cause.__cause__
-        raise ValueError(str(cause) if isinstance(cause, ValueError) else " ".join(str(error).split())) from error
 
 
 def check_shapes(run: Run) -> None:
@@ -442,17 +306,14 @@ class Report:
 # ------------------------------------------------------------------------------------------- around the loop
 
 
-COLUMNS = [
-    *("step", "seconds", "generator_loss", "generator_grad_norm", "critic_loss", "critic_grad_norm"),
-    *("score_distance", "normaliser", "sample_ink", "sample_speed"),
-    *(f"{name}_flow_error_t{level}" for name in ("generator", "critic") for level in ("0.00", "0.25", "0.50", "0.75")),
-]
+def as_yaml(record: dict) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(record))
 
 
 def fit(cfg) -> Path:
     """Train one stage to its end and return checkpoint_final.pt; resumes an unfinished run of the same config."""
     run = build(cfg)
-    folder = prepare_folder(run)
+    folder = prepare_folder(run.config, as_yaml(run.record))
     last, final = folder / "checkpoint_last.pt", folder / "checkpoint_final.pt"
     if last.exists():
         run.load_state_dict(load_checkpoint(last))
@@ -475,81 +336,6 @@ def fit(cfg) -> Path:
     last.unlink(missing_ok=True)
     print(f"{final}: {run.step} steps in {run.seconds:.0f} s")
     return final
-
-
-def prepare_folder(run: Run) -> Path:
-    """The run's folder, holding its config; what is there but cannot be resumed is moved aside."""
-    folder = Path(run.config.output_dir)
-    if Path.cwd().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"training.output_dir must be a folder of its own, such as logs/training; got {str(folder)!r}."
-        )
-    last = folder / "checkpoint_last.pt"
-    config = OmegaConf.to_yaml(OmegaConf.create(run.record))
-    if folder.exists() and any(folder.iterdir()):
-        resumable = holds(folder, config) and (not last.exists() or is_current(last, run.config))
-        if not resumable or (folder / "checkpoint_final.pt").exists():
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-                number += 1
-            shutil.move(folder, aside)
-            print(f"{folder} held another run: moved to {aside}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".*.tmp"):  # writes that a kill cut short
-        unfinished.unlink()
-    with atomic(folder / "config.yaml") as temporary:
-        temporary.write_text(config)
-    return folder
-
-
-def holds(folder: Path, config: str) -> bool:
-    """Whether the run in the folder is one of this config (as YAML)."""
-    written = folder / "config.yaml"
-    return written.exists() and written.read_text() == config
-
-
-def is_current(checkpoint: Path, training) -> bool:
-    """Whether a checkpoint exists and is newer than the weights that its run started from."""
-    sources = [locate(path) for path in (training.pretrained_checkpoint, training.teacher_checkpoint) if path]
-    return checkpoint.exists() and all(x.stat().st_mtime <= checkpoint.stat().st_mtime for x in sources if x.exists())
-
-
-class open_log:
-    """metrics.csv as a writer whose rows are on disk at once; rows past the resumed step are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        rows = list(csv.DictReader(path.open())) if path.exists() else []
-        with atomic(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(row for row in rows if row["step"].isdigit() and int(row["step"]) <= step)
-        self.path = path
-
-    def __enter__(self):
-        self.file = self.path.open("a", newline="", buffering=1)
-        return csv.DictWriter(self.file, COLUMNS)
-
-    def __exit__(self, *error):
-        self.file.close()
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM asks for a stop after the step at hand, when everything is consistent; twice stops at once."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def preview(run: Run, folder: Path) -> dict[str, float]:
@@ -577,101 +363,7 @@ def preview(run: Run, folder: Path) -> dict[str, float]:
     return {"sample_ink": shown.mean().item(), "sample_speed": shown.diff(dim=1).abs().mean().item()}
 
 
-@contextmanager
-def wandb_log(cfg, folder: Path):
-    """A function that logs a row to wandb, or does nothing: wandb is off unless asked for."""
-    modes = ("disabled", "offline", "online")
-    if cfg.wandb.mode not in modes:
-        raise ValueError(f"wandb.mode must be one of {', '.join(modes)}; got {cfg.wandb.mode!r}.")
-    if cfg.wandb.mode == "disabled":
-        yield lambda values: None
-        return
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("wandb is not installed: pip install wandb, or leave wandb.mode=disabled.") from error
-    record = OmegaConf.to_container(cfg, resolve=True)
-    with wandb.init(project=cfg.wandb.project, mode=cfg.wandb.mode, dir=str(folder), config=record) as run:
-        yield lambda values: run.log(values, step=values["step"])
-
-
 # ------------------------------------------------------------------------------------------------- command line
-
-
-def register_defaults() -> None:
-    """Make every dataclass a config group entry: its defaults are written once, next to the code."""
-    for name, kind in GROUPS.items():
-        ConfigStore.instance().store(group="defaults", name=name, node={"_target_": target(kind), **asdict(kind())})
-
-
-def target(kind: type) -> str:
-    module = "train" if kind is TrainingConfig else kind.__module__  # not "__main__"
-    return f"{module}.{kind.__qualname__}"
-
-
-def load_config(overrides: Sequence[str]):
-    """Compose configs/train.yaml with command-line overrides. Raises ValueError with one sentence."""
-    register_defaults()
-    with initialize_config_dir(str(Path(__file__).parent.resolve() / "configs"), version_base="1.3"):
-        try:
-            cfg = compose("train", overrides=list(overrides))
-        except Exception as error:  # Hydra and OmegaConf raise many kinds; a user needs one sentence
-            raise ValueError(explain(error, compose("train"))) from error
-    for group, kind in GROUPS.items():
-        if OmegaConf.select(cfg, f"{group}._target_") == target(kind):
-            check_options(group, kind, OmegaConf.to_container(cfg[group], resolve=True))
-    return cfg
-
-
-def explain(error: Exception, cfg) -> str:
-    """One sentence that names the fix."""
-    message = str(error).split("\n")[0]
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override!r} cannot be read; options are written group.name=value, such as training.num_steps=50."
-        )
-    if isinstance(error, MissingConfigException) and error.options:
-        return f"There is no {error.missing_cfg_file}; known are {', '.join(error.options)}."
-    key = re.search(r"override '([^']+)'", message)
-    if not key:
-        return message
-    group = key[1].rpartition(".")[0]
-    return no_option(key[1], list(OmegaConf.select(cfg, group) or []) if group else list(cfg))
-
-
-def no_option(option: str, known: Sequence[str]) -> str:
-    group, dot, name = option.rpartition(".")
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {group}{dot}{near[0]}?" if near else f"known are {', '.join(known)}."
-    return f"There is no option {option}; {hint}"
-
-
-def check_options(group: str, kind: type, values: dict[str, Any]) -> None:
-    """Refuse options that a dataclass does not have, and values that its annotations do not allow."""
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        if name == "_target_":
-            continue
-        if name not in hints:
-            raise ValueError(no_option(f"{group}.{name}", list(hints)))
-        if not allows(hints[name], value):
-            spelled = hints[name].__name__ if type(hints[name]) is type else str(hints[name])
-            for python, yaml in {"tuple": "list", "None": "null", " | ": " or "}.items():
-                spelled = spelled.replace(python, yaml)
-            raise ValueError(f"{group}.{name} must be {spelled}, got {value!r}.")
-
-
-def allows(hint, value) -> bool:
-    """Whether a value of a YAML file fits an annotation: a list is a tuple there, and an int will do for a float."""
-    if isinstance(hint, UnionType):
-        return any(allows(kind, value) for kind in hint.__args__)
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            return False
-        kinds = get_args(hint)
-        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
-        return len(kinds) == len(value) and all(map(allows, kinds, value))
-    return type(value) in ((int, float) if hint is float else (hint,))
 
 
 # Where a stage starts when stages run in a row: its option, and the stage whose weights it names.
@@ -702,22 +394,11 @@ def main(overrides: Sequence[str]) -> Path:
 def fit_once(cfg) -> Path:
     """A stage of an experiment: finished ones are not run again."""
     final = Path(cfg.training.output_dir) / "checkpoint_final.pt"
-    config = OmegaConf.to_yaml(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
-    if holds(final.parent, config) and is_current(final, cfg.training):
+    config = OmegaConf.to_container(cfg, resolve=True)
+    if holds(final.parent, as_yaml(config)) and is_current(final, cfg.training):
         print(f"{final} is there already.")
         return final
     return fit(cfg)
-
-
-def machine() -> dict[str, Any]:
-    """What a logged result says of where it was made."""
-    return {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
 
 
 class SimplifiedTrainer:

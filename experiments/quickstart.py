@@ -22,7 +22,9 @@ from checkpoint import atomic, locate
 from generate import load_model, sample_videos
 from metrics import evaluate, load_classifier, make_reference, real_videos, uniform_prompts
 from moving_mnist import WorldConfig
-from train import fit, load_config, machine
+from run_folder import machine
+from settings import load_config
+from train import fit
 from visualization import plot_metric_curves, save_video_grid
 
 OUTPUT = Path("outputs/quickstart")

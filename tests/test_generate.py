@@ -13,6 +13,7 @@ import torch
 from tiny_runs import REPOSITORY, make_weights, names, options
 
 import generate
+import settings
 import train
 from checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
 from generate import load_model, sample_videos
@@ -166,7 +167,7 @@ def test_a_checkpoint_of_every_stage_can_be_sampled(folder, tmp_path, monkeypatc
     """What train.py writes generate.py reads, with the sampler that the stage was trained for, also in odd worlds."""
     monkeypatch.setattr(train, "film_strip", lambda *_, **__: None)
     more = ["world.num_frames=6", "training.num_steps=1", "training.num_frames_per_block=[2,1]"]
-    for stage in train.STAGES:
+    for stage in settings.STAGES:
         path = train.main(options(stage, tmp_path / stage, folder, *more))
         loaded = load_model(path)
         assert loaded.sampling.whole_clip == (stage == "teacher")

@@ -15,6 +15,8 @@ import torch
 from tiny_runs import REPOSITORY, SIZES, TINY, assert_same, final_state, make_weights, names, options, rows
 from torch import nn
 
+import run_folder
+import settings
 import train
 from checkpoint import load_checkpoint, load_weights
 from tiny_causal_wan import TinyCausalWanModel
@@ -106,13 +108,13 @@ def test_a_finished_run_leaves_what_was_promised(finished):
     assert (state["step"], state["training_type"]) == (6, "dmd2")
     assert state["config"] == train.OmegaConf.to_container(train.OmegaConf.load(folder / "config.yaml"))
     header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert header == train.COLUMNS
+    assert header == run_folder.COLUMNS
     assert {"critic_loss", "score_distance", "generator_grad_norm", "critic_flow_error_t0.75"} < set(header)
 
 
 def test_every_row_says_what_is_informative(finished):
     """Each stage logs its losses and gradient norms at every step, and ink and speed with every strip."""
-    for stage in train.STAGES:
+    for stage in settings.STAGES:
         table = rows(finished(stage))
         logged = ["critic_loss", "score_distance", "normaliser"] if stage == "self_forcing" else []
         assert [row["step"] for row in table] == ["1", "2", "3", "4", "5", "6"]
@@ -133,8 +135,8 @@ def test_stages_in_a_row_and_only_once(tmp_path, capsys):
     """An experiment trains each stage from the one before; again, nothing is done; a new teacher renews the rest."""
     command = ["experiment=from_scratch_cpu", *TINY, f"training.output_dir={tmp_path}", "training.num_steps=2"]
     final = train.main(command)
-    finals = {stage: tmp_path / stage / "checkpoint_final.pt" for stage in train.STAGES}
-    assert final == finals["self_forcing"] and names(tmp_path) == set(train.STAGES)
+    finals = {stage: tmp_path / stage / "checkpoint_final.pt" for stage in settings.STAGES}
+    assert final == finals["self_forcing"] and names(tmp_path) == set(settings.STAGES)
     records = {stage: load_checkpoint(path)["config"]["training"] for stage, path in finals.items()}
     assert records["init"]["pretrained_checkpoint"] == str(finals["teacher"])
     assert records["self_forcing"]["pretrained_checkpoint"] == str(finals["init"])
@@ -148,7 +150,7 @@ def test_stages_in_a_row_and_only_once(tmp_path, capsys):
 
     os.utime(finals["teacher"])  # as if it had been trained anew
     train.main(command)
-    assert names(tmp_path) == {*train.STAGES, "init.1", "self_forcing.1"}
+    assert names(tmp_path) == {*settings.STAGES, "init.1", "self_forcing.1"}
 
 
 def test_an_interrupted_row_goes_on_in_its_stage(tmp_path):
@@ -196,7 +198,7 @@ def test_the_trainer_of_older_documents(weights, tmp_path):
 # ---------------------------------------------------------------------------------------------- interruption
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", settings.STAGES)
 def test_resumed_equals_uninterrupted(stage, weights, finished, tmp_path):
     """Two crashes, a logged step past the last checkpoint, then the end: all equal, every step logged once."""
     command = options(stage, tmp_path / "run", weights, *RICH[stage], "training.num_steps=6")
@@ -337,7 +339,7 @@ def test_the_current_folder_is_never_moved(place, weights, tmp_path, monkeypatch
 # ---------------------------------------------------------------------------------------------- one step
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", settings.STAGES)
 @pytest.mark.parametrize("micro", [1, 2])
 def test_accumulated_gradients_equal_those_of_the_full_batch(stage, micro, weights):
     """Four samples in four, two or one backward passes: gradients of every network and reports agree to 1e-6."""
@@ -353,7 +355,7 @@ def test_accumulated_gradients_equal_those_of_the_full_batch(stage, micro, weigh
         assert said[name] == pytest.approx(said_in_parts[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", settings.STAGES)
 def test_master_weights_stay_float32_under_autocast(stage, weights, tmp_path):
     """bf16 autocast really computes in bf16, close to fp32; weights, average and optimizer states are float32."""
     still = ["training.lr=0.0", "training.critic_lr=0.0", "training.max_grad_norm=1e9"]
@@ -413,12 +415,12 @@ def test_both_optimizers_move_every_parameter(kind, weights):
 
 def test_learning_rate_rises_stays_and_falls():
     """Linear warm-up, a plateau, and a linear end over the last decay_fraction of the run."""
-    config = train.TrainingConfig(num_steps=100, warmup_steps=10, decay_fraction=0.2)
+    config = settings.TrainingConfig(num_steps=100, warmup_steps=10, decay_fraction=0.2)
     scale = [train.lr_scale(step, config) for step in range(100)]
     assert scale[0] == pytest.approx(0.1) and scale[4] == pytest.approx(0.5)
     assert scale[9:81] == [1.0] * 72
     assert scale[90] == pytest.approx(0.5) and scale[99] == pytest.approx(0.05)
-    assert {train.lr_scale(step, train.TrainingConfig()) for step in range(300)} == {1.0}
+    assert {train.lr_scale(step, settings.TrainingConfig()) for step in range(300)} == {1.0}
 
 
 def test_the_learning_rate_reaches_the_optimizer(weights):
@@ -464,7 +466,7 @@ def test_prompts_are_dropped_at_the_given_rate(share, low, high, weights):
 # ---------------------------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", settings.STAGES)
 def test_stages_compose(stage):
     """configs/stage/*.yaml make a valid run of that stage with the shipped weights of the stage before."""
     cfg = train.load_config([f"stage={stage}"])

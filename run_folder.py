@@ -1,0 +1,124 @@
+"""What surrounds a training loop: its folder, its log, its interruption, and where it was made."""
+
+import csv
+import os
+import platform
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from checkpoint import atomic, locate
+
+COLUMNS = [
+    *("step", "seconds", "generator_loss", "generator_grad_norm", "critic_loss", "critic_grad_norm"),
+    *("score_distance", "normaliser", "sample_ink", "sample_speed"),
+    *(f"{name}_flow_error_t{level}" for name in ("generator", "critic") for level in ("0.00", "0.25", "0.50", "0.75")),
+]
+
+
+def prepare_folder(training, config: str) -> Path:
+    """The run's folder, holding its config (as YAML); what is there but cannot be resumed is moved aside."""
+    folder = Path(training.output_dir)
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"training.output_dir must be a folder of its own, such as logs/training; got {str(folder)!r}."
+        )
+    last = folder / "checkpoint_last.pt"
+    if folder.exists() and any(folder.iterdir()):
+        resumable = holds(folder, config) and (not last.exists() or is_current(last, training))
+        if not resumable or (folder / "checkpoint_final.pt").exists():
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+                number += 1
+            shutil.move(folder, aside)
+            print(f"{folder} held another run: moved to {aside}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(".*.tmp"):  # writes that a kill cut short
+        unfinished.unlink()
+    with atomic(folder / "config.yaml") as temporary:
+        temporary.write_text(config)
+    return folder
+
+
+def holds(folder: Path, config: str) -> bool:
+    """Whether the run in the folder is one of this config (as YAML)."""
+    written = folder / "config.yaml"
+    return written.exists() and written.read_text() == config
+
+
+def is_current(checkpoint: Path, training) -> bool:
+    """Whether a checkpoint exists and is newer than the weights that its run started from."""
+    sources = [locate(path) for path in (training.pretrained_checkpoint, training.teacher_checkpoint) if path]
+    return checkpoint.exists() and all(x.stat().st_mtime <= checkpoint.stat().st_mtime for x in sources if x.exists())
+
+
+class open_log:
+    """metrics.csv as a writer whose rows are on disk at once; rows past the resumed step are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        rows = list(csv.DictReader(path.open())) if path.exists() else []
+        with atomic(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(row for row in rows if row["step"].isdigit() and int(row["step"]) <= step)
+        self.path = path
+
+    def __enter__(self):
+        self.file = self.path.open("a", newline="", buffering=1)
+        return csv.DictWriter(self.file, COLUMNS)
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM asks for a stop after the step at hand, when everything is consistent; twice stops at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def wandb_log(cfg, folder: Path):
+    """A function that logs a row to wandb, or does nothing: wandb is off unless asked for."""
+    modes = ("disabled", "offline", "online")
+    if cfg.wandb.mode not in modes:
+        raise ValueError(f"wandb.mode must be one of {', '.join(modes)}; got {cfg.wandb.mode!r}.")
+    if cfg.wandb.mode == "disabled":
+        yield lambda values: None
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("wandb is not installed: pip install wandb, or leave wandb.mode=disabled.") from error
+    record = OmegaConf.to_container(cfg, resolve=True)
+    with wandb.init(project=cfg.wandb.project, mode=cfg.wandb.mode, dir=str(folder), config=record) as run:
+        yield lambda values: run.log(values, step=values["step"])
+
+
+def machine() -> dict[str, Any]:
+    """What a logged result says of where it was made."""
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processor": platform.processor() or platform.machine(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
