@@ -67,17 +67,19 @@ def test_the_tables_hold_the_numbers(written):
     assert all(f"| {name} |" in text for name in (*WORK, *WAYS))
 
 
-def test_flops_of_a_teacher_step_are_those_of_its_matrices():
-    """Forward and backward of every linear map and of both attentions, counted by hand."""
+def test_flops_of_a_teacher_step_are_those_of_its_matrices(written):
+    """Forward and backward of every linear map and of both attentions, counted by hand, whatever the kernel."""
     model, tokens = MINIATURE.model, MINIATURE.tokens
     e, per_clip = model.dim, tokens // MINIATURE.batch
     frames, text = MINIATURE.batch * MINIATURE.num_frames, MINIATURE.batch * model.text_len
     per_token = 6 * e * e + 2 * e * model.ffn_dim  # q, k, v, o of self-attention, q, o of cross-attention, ffn
-    macs = tokens * per_token + 2 * text * e * e + 2 * tokens * e * (per_clip + model.text_len)
-    macs += tokens * e * 36 + text * e * e + frames * (e * e + 6 * e * e)  # head, text and time embeddings
-    first = tokens * 36 * e + text * model.text_dim * e + frames * model.freq_dim * e  # need no gradient of their input
-    counted = count_gflop(WORK["teacher step"](MINIATURE, "fp32", matmul_attention))
-    assert counted * 1e9 == 2 * (3 * macs + 2 * first)
+    layer = tokens * per_token + 2 * text * e * e + 2 * tokens * e * (per_clip + model.text_len)
+    around = tokens * e * 36 + text * e * e + frames * 7 * e * e  # head, text and time embeddings
+    first = tokens * 36 * e + text * model.text_dim * e + frames * model.freq_dim * e  # their input needs no gradient
+    flop = 2 * (3 * (model.num_layers * layer + around) + 2 * first)
+    assert count_gflop(WORK["teacher step"](MINIATURE, "fp32", matmul_attention)) * 1e9 == flop
+    steps = json.loads(written.read_text())["steps"]
+    assert [step["gflop"] * 1e9 for step in steps if step["work"] == "teacher step"] == [flop, flop]
 
 
 def test_peak_memory_counts_what_is_held_at_once():
