@@ -1,11 +1,12 @@
 """What surrounds a training loop: its folder, its log, its interruption, and where it was made."""
 
 import csv
+import ctypes
 import os
 import platform
 import shutil
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,18 @@ def wandb_log(cfg, folder: Path):
     record = OmegaConf.to_container(cfg, resolve=True)
     with wandb.init(project=cfg.wandb.project, mode=cfg.wandb.mode, dir=str(folder), config=record) as run:
         yield lambda values: run.log(values, step=values["step"])
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed: the large tensors of the next step then cost no page faults.
+
+    They are a quarter of a teacher-forcing step on two cores, 5 to 10 % of the others. Other C libraries have no such knob.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def machine() -> dict[str, Any]:

@@ -42,7 +42,8 @@ class TrainingConfig:
     batch_size is global; micro_batch_size (None: all at once) is what is held in memory, gradients accumulate. lr is
     that of Muon's matrices, other parameters get a tenth of it; with AdamW it is everybody's. The lr rises over
     warmup_steps and falls to zero over the last decay_fraction of the run. The rollout settings are those of
-    SelfForcingConfig and RolloutConfig (denoising_steps in 0..1000).
+    SelfForcingConfig and RolloutConfig (denoising_steps in 0..1000). compile has torch.compile work on the
+    networks that see whole clips, which pays in runs of many minutes; it needs a C++ compiler.
     """
 
     stage: str = "self_forcing"
@@ -50,6 +51,7 @@ class TrainingConfig:
     seed: int = 0
     device: str = "auto"
     autocast: str | None = "bf16"
+    compile: bool = False
 
     num_steps: int = 300
     batch_size: int = 16

@@ -36,11 +36,11 @@ class WanConfig:
     model_type: str = "t2v"
     in_dim: int = 1
     out_dim: int = 1
-    dim: int = 128
-    ffn_dim: int = 512
+    dim: int = 96
+    ffn_dim: int = 384
     num_heads: int = 2
     num_layers: int = 6
-    patch_size: tuple[int, int, int] = (1, 6, 6)
+    patch_size: tuple[int, int, int] = (1, 4, 4)
     text_dim: int = 32
     text_len: int = 10
     freq_dim: int = 256

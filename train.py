@@ -34,7 +34,7 @@ from flow_match import FlowMatchScheduler
 from generate import SamplingConfig, sample
 from kv_cache import block_sizes
 from randomness import generator, generators, rand, randn
-from run_folder import Interrupt, holds, is_current, machine, open_log, prepare_folder, wandb_log
+from run_folder import Interrupt, holds, is_current, keep_freed_memory, machine, open_log, prepare_folder, wandb_log
 from settings import TrainingConfig, load_config, make
 from visualization import film_strip
 
@@ -101,6 +101,10 @@ def build(cfg) -> Run:
             raise ValueError("stage=self_forcing needs training.pretrained_checkpoint and training.teacher_checkpoint.")
         teacher = network(cfg.real_score, cfg, config.teacher_checkpoint, device).requires_grad_(False)
         networks["critic"] = network(cfg.fake_score, cfg, config.teacher_checkpoint, device)
+    if config.compile:  # not what rolls out: it would be compiled anew for every length of its cache
+        whole_clip = [teacher, networks["critic"]] if teacher else [networks["generator"]]
+        for layer in (layer for model in whole_clip for layer in model.blocks):
+            layer.compile(dynamic=False)
     optimizers = {"generator": make_optimizers(networks["generator"], config.optimizer, config.lr, config)}
     if "critic" in networks:
         optimizers["critic"] = make_optimizers(networks["critic"], config.critic_optimizer, config.critic_lr, config)
@@ -312,6 +316,7 @@ def as_yaml(record: dict) -> str:
 
 def fit(cfg) -> Path:
     """Train one stage to its end and return checkpoint_final.pt; resumes an unfinished run of the same config."""
+    keep_freed_memory()
     run = build(cfg)
     folder = prepare_folder(run.config, as_yaml(run.record))
     last, final = folder / "checkpoint_last.pt", folder / "checkpoint_final.pt"
@@ -347,7 +352,7 @@ def preview(run: Run, folder: Path) -> dict[str, float]:
         model.load_state_dict(weights, strict=False)
     batch = run.data.batch(range(8))
     sampling = SamplingConfig.of(asdict(run.config), batch["video"].shape[1])
-    with autocast(run):
+    with autocast(run), torch.compiler.set_stance("force_eager"):
         video = sample(
             model,
             run.scheduler,

@@ -42,7 +42,7 @@ class Plan:
     gradient_frames: int = 12
 
 
-WIDE = WanConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=4)
+WIDE = WanConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=4, patch_size=(1, 6, 6))
 MINIATURE = WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, patch_size=(1, 6, 6))
 
 FULL = Plan(

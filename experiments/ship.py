@@ -1,28 +1,42 @@
 """Turn a finished run into shipped weights: python -m experiments.ship RUN_FOLDER NAME [--metrics METRICS.json ...]
 
 Writes checkpoints/NAME.safetensors (the average, in half precision, with the config in its header) and NAME.json, which
-records how it came about: command, seed, config, duration, machine, and the summaries that metrics.py measured of it.
+records how it came about: command, seed, config, duration, machine, the weights it started from, and the summaries that
+metrics.py measured of it.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
-from checkpoint import load_checkpoint, load_weights, save_weights
+from checkpoint import load_checkpoint, load_weights, locate, save_weights
+
+
+def fingerprint(path: str | Path) -> str:
+    """A name for weights, whatever file holds them: a hash of the averaged parameters in half precision."""
+    digest = hashlib.sha256()
+    for name, x in sorted(load_weights(locate(path), "ema").state_dict.items()):
+        digest.update(name.encode() + x.half().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def ship(run: Path, name: str, metrics: list[Path], target: Path = Path("checkpoints")) -> Path:
     """Write target/NAME.safetensors and target/NAME.json from RUN/checkpoint_final.pt."""
     source = run / "checkpoint_final.pt"
     state = load_checkpoint(source)
+    training = state["config"]["training"]
+    started_from = {name: training[name] for name in ("pretrained_checkpoint", "teacher_checkpoint") if training[name]}
     measured = [json.loads(path.read_text()) for path in metrics]
     record = {
         "command": state["command"],
-        "seed": state["config"]["training"]["seed"],
+        "seed": training["seed"],
         "data": state["config"]["world"],
         "steps": state["step"],
         "seconds": round(state["seconds"]),
         "machine": state["machine"],
+        "fingerprint": fingerprint(source),
+        "started_from": {name: fingerprint(weights) for name, weights in started_from.items()},
         "metrics": [{key: value for key, value in each.items() if key != "curves"} for each in measured],
         "config": state["config"],
     }

@@ -1,0 +1,69 @@
+"""Every command that the documents show runs as printed, only smaller; a command that is not run says why."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/testing.md"]
+SMALL = {  # what is added to a printed command, so that it takes seconds
+    "train.py": "training.num_steps=1 training.batch_size=2 training.critic_steps=1",
+    "generate.py": "--format npz --num_frames 3",
+    "metrics.py": "--num_videos 20 --num_frames 12 --seed 0",
+    "moving_mnist.py": "",
+    "tutorial/examples/algorithm_example.py": "",
+}
+REASON = "not run in CI: "
+
+
+def commands(document):
+    """The command lines in a document's bash blocks, with their comments."""
+    text = (REPOSITORY / document).read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    return [re.fullmatch(r"(.*?)(?:\s+#\s*(.*))?", line).groups(default="") for line in lines if line.strip()]
+
+
+def targets():
+    return set(re.findall(r"^([a-z]+):.*## ", (REPOSITORY / "Makefile").read_text(), re.M))
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The repository as a user has just cloned it: what runs write lands beside it."""
+    for path in REPOSITORY.iterdir():
+        if path.name not in ("logs", "outputs"):
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_is_known(document):
+    """A make target that exists, tests that exist, a script that the next test runs, or a reason."""
+    for command, comment in commands(document):
+        program, *arguments = shlex.split(command)
+        if program == "make":
+            assert set(arguments) <= targets(), command
+        elif command.startswith(".venv/bin/python -m pytest "):
+            assert (REPOSITORY / arguments[2]).exists(), command
+        elif comment.startswith(REASON):
+            assert len(comment) > len(REASON), command
+        else:
+            assert program == "python" and arguments[0] in SMALL, f"{document}: {command}"
+
+
+def test_the_commands_of_the_readme_run(checkout):
+    """In their order, each from what the ones before left behind."""
+    ran = 0
+    for command, comment in commands("README.md"):
+        program, *arguments = shlex.split(command)
+        if program == "make" or comment.startswith(REASON):
+            continue
+        small = [sys.executable, *arguments, *SMALL[arguments[0]].split()]
+        done = subprocess.run(small, cwd=checkout, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        ran += 1
+    assert ran >= 10
