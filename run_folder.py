@@ -117,7 +117,7 @@ def wandb_log(cfg, folder: Path):
 def keep_freed_memory() -> None:
     """Ask glibc to keep what is freed: the large tensors of the next step then cost no page faults.
 
-    They are a quarter of a teacher-forcing step on two cores, 5 to 10 % of the others. Other C libraries have no such knob.
+    They are a quarter of a teacher-forcing step on two cores and 5 to 10 % of the others. Elsewhere nothing happens.
     """
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
     with suppress(OSError, AttributeError):

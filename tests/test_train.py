@@ -603,7 +603,8 @@ def test_the_real_command_line(tmp_path):
 def test_compiled_layers_train_the_same_networks(stage, weights):
     """training.compile changes the speed: not what three steps report, beyond rounding, and no parameter's name."""
     (plain, reported), (compiled, said) = (
-        run_for(options(stage, "unused", weights, f"training.compile={flag}"), num_steps=3) for flag in ("false", "true")
+        run_for(options(stage, "unused", weights, f"training.compile={flag}"), num_steps=3)
+        for flag in ("false", "true")
     )
     name = "critic" if stage == "self_forcing" else "generator"
     assert compiled.networks[name].blocks[0]._compiled_call_impl
