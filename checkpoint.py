@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 StateDict = Mapping[str, Tensor]
@@ -84,7 +85,7 @@ def save_weights(path: str | Path, state_dict: StateDict, record: Mapping, dtype
     path = Path(path)
     tensors = {name: x.detach().to(dtype).contiguous() for name, x in state_dict.items()}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"config": json.dumps(record.get("config", {}))})
+        temporary.write_bytes(to_bytes(tensors, metadata={"config": json.dumps(record.get("config", {}))}))
     with atomic(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 

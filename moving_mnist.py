@@ -63,6 +63,9 @@ class WorldConfig:
             raise ValueError(f'unknown split "{self.split}"; choose one of {", ".join(SPLITS)}')
         if self.source not in SOURCES:
             raise ValueError(f'unknown source "{self.source}"; choose one of {", ".join(SOURCES)}')
+        for name in ("digit_size", "num_frames", "num_digits", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.speed <= self.reach:
             raise ValueError(
                 f"speed {self.speed} must be above 0 and at most canvas - digit_size = {self.reach}; "

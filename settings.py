@@ -32,7 +32,7 @@ CHOICES = {
 }
 COUNTS = ("num_steps", "batch_size", "micro_batch_size", "checkpoint_every", "sample_every", "short_clip_frames")
 COUNTS += ("gradient_frames", "min_num_frames")
-FRACTIONS = ("decay_fraction", "ema_decay", "prompt_dropout", "min_score_time")
+FRACTIONS = ("decay_fraction", "ema_decay", "prompt_dropout", "min_score_time", "short_clip_share")
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class TrainingConfig:
 
     batch_size is global; micro_batch_size (None: all at once) is what is held in memory, gradients accumulate. lr is
     that of Muon's matrices, other parameters get a tenth of it; with AdamW it is everybody's. The lr rises over
-    warmup_steps and falls to zero over the last decay_fraction of the run. The rollout settings are those of
-    SelfForcingConfig and RolloutConfig (denoising_steps in 0..1000). compile has torch.compile work on the
+    warmup_steps and falls to zero over the last decay_fraction of the run. The first short_clip_steps steps, and
+    short_clip_share of those after them, see only the first short_clip_frames of each clip. The rollout settings are
+    those of SelfForcingConfig and RolloutConfig (denoising_steps in 0..1000). compile has torch.compile work on the
     networks that see whole clips, which pays in runs of many minutes; it needs a C++ compiler.
     """
 
@@ -73,6 +74,7 @@ class TrainingConfig:
     prompt_dropout: float = 0.1
     short_clip_steps: int = 0
     short_clip_frames: int = 3
+    short_clip_share: float = 0.0
     forcing: str = "teacher"
 
     denoising_steps: tuple[float, ...] = (1000, 750, 500, 250)

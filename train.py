@@ -217,10 +217,14 @@ LOSSES = {"teacher": teacher_losses, "init": init_losses, "self_forcing": self_f
 
 
 def clips(run: Run, samples: Sequence[int], rng) -> tuple[Tensor, dict[str, Tensor]]:
-    """Data and prompts, some of them dropped; only short clips at the beginning, when looks are still being learned."""
+    """Data and prompts, some of them dropped; at the beginning, and in a share of the steps after, short clips.
+
+    Short clips teach looks cheaply, and only they teach the prompt's direction: a long clip shows where it moves.
+    """
     batch = run.data.batch(samples)
     video = batch["video"]
-    if run.step < run.config.short_clip_steps:
+    share = rand((1,), generator(run.config.seed, run.step, "clip length")).item()
+    if run.step < run.config.short_clip_steps or share < run.config.short_clip_share:
         video = video[:, : run.config.short_clip_frames]
     dropped = rand((len(samples), 1), rng)[:, 0] < run.config.prompt_dropout
     prompts = ["" if drop else prompt for drop, prompt in zip(dropped, batch["prompts"], strict=True)]
@@ -371,8 +375,9 @@ def preview(run: Run, folder: Path) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------- command line
 
 
-# Where a stage starts when stages run in a row: its option, and the stage whose weights it names.
+# Where a stage starts when stages run in a row: its option, and the stage whose latest weights it names.
 SOURCES = {
+    "teacher": {"pretrained_checkpoint": "teacher"},
     "init": {"pretrained_checkpoint": "teacher"},
     "self_forcing": {"pretrained_checkpoint": "init", "teacher_checkpoint": "teacher"},
 }
@@ -386,14 +391,20 @@ def main(overrides: Sequence[str]) -> Path:
     if any(override.startswith("stage=") for override in overrides):
         raise ValueError("This experiment lists its stages: leave out stage=, finished ones are not run again.")
     made: dict[str, Path] = {}
-    for stage, settings in cfg.stages.items():
-        one = load_config([f"stage={stage}", *settings, *overrides])
-        one.stages, one.training.output_dir = None, f"{cfg.training.output_dir}/{stage}"
-        for option, source in SOURCES.get(stage, {}).items():
+    for name, settings in cfg.stages.items():
+        one = load_config([f"stage={stage_of(name)}", *settings, *overrides])
+        one.stages, one.training.output_dir = None, f"{cfg.training.output_dir}/{name}"
+        stage = one.training.stage
+        for option, source in SOURCES[stage].items():
             if source in made:
                 one.training[option] = str(made[source])
         made[stage] = fit_once(one)
     return made[stage]
+
+
+def stage_of(name: str) -> str:
+    """`teacher` of "teacher", "teacher_2", ...: a stage may be listed several times, each going on from the last."""
+    return name.rstrip("0123456789").rstrip("_")
 
 
 def fit_once(cfg) -> Path:

@@ -1,8 +1,8 @@
 """Turn a finished run into shipped weights: python -m experiments.ship RUN_FOLDER NAME [--metrics METRICS.json ...]
 
 Writes checkpoints/NAME.safetensors (the average, in half precision, with the config in its header) and NAME.json, which
-records how it came about: command, seed, config, duration, machine, the weights it started from, and the summaries that
-metrics.py measured of it.
+records how it came about: command, seed, config, duration, machine, the weights and the runs it started from, and the
+summaries that metrics.py measured of it.
 """
 
 import argparse
@@ -21,6 +21,19 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def earlier_runs(training: dict) -> list[dict]:
+    """The runs of the same stage that this one went on from, oldest first, as the records beside their weights say."""
+    start = training["pretrained_checkpoint"]
+    beside = start and locate(start).with_suffix(".json")
+    if not beside or not beside.exists():
+        return []
+    record = json.loads(beside.read_text())
+    if record["config"]["training"]["stage"] != training["stage"]:
+        return []
+    told = ("command", "seed", "steps", "seconds", "machine", "fingerprint")
+    return [*record.get("earlier_runs", []), {key: record[key] for key in told}]
+
+
 def ship(run: Path, name: str, metrics: list[Path], target: Path = Path("checkpoints")) -> Path:
     """Write target/NAME.safetensors and target/NAME.json from RUN/checkpoint_final.pt."""
     source = run / "checkpoint_final.pt"
@@ -36,6 +49,7 @@ def ship(run: Path, name: str, metrics: list[Path], target: Path = Path("checkpo
         "seconds": round(state["seconds"]),
         "machine": state["machine"],
         "fingerprint": fingerprint(source),
+        "earlier_runs": earlier_runs(training),
         "started_from": {name: fingerprint(weights) for name, weights in started_from.items()},
         "metrics": [{key: value for key, value in each.items() if key != "curves"} for each in measured],
         "config": state["config"],

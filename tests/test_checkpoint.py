@@ -190,6 +190,7 @@ def test_shipped_weights_round_trip(tmp_path):
     assert {x.dtype for x in load_file(tmp_path / "student.safetensors").values()} == {torch.float16}
     assert {x.dtype for x in loaded.state_dict.values()} == {torch.float32}
     assert loaded.config == record["config"]
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # who may read one may read the other
     assert json.loads((tmp_path / "student.json").read_text()) == record
     for name, x in model.state_dict().items():
         assert torch.equal(loaded.state_dict[name], x.half().float())

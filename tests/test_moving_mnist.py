@@ -324,6 +324,8 @@ def test_near_misses_of_the_grammar_are_refused(wrong):
         ({"speed": 2.5}, "change canvas, digit_size or speed, or set sub_pixel=True"),
         ({"sprites_per_class": 51}, "has 50 digits per class, not 51; set sprites_per_class to 1 ... 50"),
         ({"sprites_per_class": 0}, "set sprites_per_class to 1 ... 50"),
+        ({"num_frames": 0}, "num_frames must be at least 1, not 0"),
+        ({"digit_size": -14}, "digit_size must be at least 1, not -14"),
         (
             {"num_digits": 2},
             r'"a 1 moving up" does not fit a world of 2 digit\(s\); set WorldConfig\(num_digits=1\)',

@@ -135,22 +135,25 @@ def test_stages_in_a_row_and_only_once(tmp_path, capsys):
     """An experiment trains each stage from the one before; again, nothing is done; a new teacher renews the rest."""
     command = ["experiment=from_scratch_cpu", *TINY, f"training.output_dir={tmp_path}", "training.num_steps=2"]
     final = train.main(command)
-    finals = {stage: tmp_path / stage / "checkpoint_final.pt" for stage in settings.STAGES}
-    assert final == finals["self_forcing"] and names(tmp_path) == set(settings.STAGES)
+    stages = ("teacher", "teacher_2", "init", "self_forcing")
+    finals = {stage: tmp_path / stage / "checkpoint_final.pt" for stage in stages}
+    assert final == finals["self_forcing"] and names(tmp_path) == set(stages)
     records = {stage: load_checkpoint(path)["config"]["training"] for stage, path in finals.items()}
-    assert records["init"]["pretrained_checkpoint"] == str(finals["teacher"])
+    assert records["teacher"]["pretrained_checkpoint"] is None
+    assert records["teacher_2"]["pretrained_checkpoint"] == str(finals["teacher"])
+    assert records["init"]["pretrained_checkpoint"] == str(finals["teacher_2"])
     assert records["self_forcing"]["pretrained_checkpoint"] == str(finals["init"])
-    assert records["self_forcing"]["teacher_checkpoint"] == str(finals["teacher"])
+    assert records["self_forcing"]["teacher_checkpoint"] == str(finals["teacher_2"])
 
     written = {stage: path.stat().st_mtime_ns for stage, path in finals.items()}
     capsys.readouterr()
     assert train.main(command) == final
     assert written == {stage: path.stat().st_mtime_ns for stage, path in finals.items()}
-    assert capsys.readouterr().out.count("is there already") == 3
+    assert capsys.readouterr().out.count("is there already") == 4
 
-    os.utime(finals["teacher"])  # as if it had been trained anew
+    os.utime(finals["teacher_2"])  # as if it had been trained anew
     train.main(command)
-    assert names(tmp_path) == {*settings.STAGES, "init.1", "self_forcing.1"}
+    assert names(tmp_path) == {*stages, "init.1", "self_forcing.1"}
 
 
 def test_an_interrupted_row_goes_on_in_its_stage(tmp_path):
@@ -162,7 +165,7 @@ def test_an_interrupted_row_goes_on_in_its_stage(tmp_path):
         patch.setattr(train, "LOSSES", train.LOSSES | {"init": lambda *_: crash()})
         with pytest.raises(Crash):
             train.main([*command, f"training.output_dir={broken}"])
-    assert names(broken) == {"teacher", "init"}
+    assert names(broken) == {"teacher", "teacher_2", "init"}
     train.main([*command, f"training.output_dir={broken}"])
     states = [load_checkpoint(folder / "self_forcing" / "checkpoint_final.pt") for folder in (whole, broken)]
     for key in ("generator_state_dict", "critic_state_dict", "ema_state_dict"):
@@ -455,6 +458,24 @@ def test_short_clips_come_first(weights):
     assert lengths == [3, 3, 3, 12, 12]
 
 
+@pytest.mark.parametrize(("share", "low", "high"), [(0.25, 15, 35), (1.0, 100, 100)])
+def test_a_share_of_steps_keeps_to_short_clips(share, low, high, weights):
+    """Which steps they are depends on seed and step alone: the same on every process and after a resume."""
+    mixed = [f"training.short_clip_share={share}", "training.short_clip_steps=0"]
+    run = train.build(train.load_config(options("teacher", "unused", weights, *mixed)))
+
+    def short():
+        steps = []
+        for run.step in range(100):
+            rng = train.generators(0, run.step, samples=range(1))
+            steps += [run.step] * (train.clips(run, range(1), rng)[0].shape[1] == 3)
+        return steps
+
+    first = short()
+    assert low <= len(first) <= high
+    assert short() == first
+
+
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.3, 20, 40), (1.0, 100, 100)])
 def test_prompts_are_dropped_at_the_given_rate(share, low, high, weights):
     """A dropped prompt is the null prompt: all zeros."""
@@ -487,12 +508,13 @@ def test_experiments_compose(name, monkeypatch):
         monkeypatch.setattr(train, function, lambda cfg: seen.append(cfg) or Path("made") / f"{cfg.training.stage}.pt")
     train.main([f"experiment={name}"])
     stated = train.OmegaConf.load(REPOSITORY / "configs" / "experiment" / f"{name}.yaml")
-    assert [cfg.training.stage for cfg in seen] == list(stated.get("stages") or ["self_forcing"])
-    for cfg in seen:
+    listed = stated.get("stages") or {"self_forcing": []}
+    assert [cfg.training.stage for cfg in seen] == [train.stage_of(stage) for stage in listed]
+    for cfg, overrides in zip(seen, listed.values(), strict=True):
         train.make(cfg.training), train.make(cfg.generator), train.make(cfg.data)
         for group in ("model", "world"):
             assert stated.get(group, {}).items() <= cfg[group].items()
-        for setting in (stated.get("stages") or {}).get(cfg.training.stage, []):
+        for setting in overrides:
             option, value = setting.split("=")
             assert str(train.OmegaConf.select(cfg, option)) == value
     assert len({cfg.training.output_dir for cfg in seen}) == len(seen)
@@ -503,7 +525,7 @@ def test_the_command_line_comes_last(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "fit_once", lambda cfg: seen.append(cfg) or Path("made"))
     train.main(["experiment=from_scratch_cpu", "training.num_steps=7", "model.dim=64"])
-    assert [(cfg.training.num_steps, cfg.model.dim) for cfg in seen] == [(7, 64)] * 3
+    assert [(cfg.training.num_steps, cfg.model.dim) for cfg in seen] == [(7, 64)] * 4
 
 
 MISTAKES = {
