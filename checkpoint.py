@@ -133,7 +133,8 @@ class EMA:
         return self.shadow
 
     def load_state_dict(self, shadow: StateDict | None) -> None:
-        self.shadow = None if shadow is None else {name: x.clone() for name, x in shadow.items()}
+        device = next(self.model.parameters()).device
+        self.shadow = shadow and {name: x.to(device, copy=True) for name, x in shadow.items()}
 
 
 def _load_safetensors(path: Path) -> Weights:
@@ -151,7 +152,10 @@ def _load_safetensors(path: Path) -> Weights:
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no checkpoint {path}; train.py writes logs/training/checkpoint_final.pt.")
+        moved = list(path.parent.parent.glob(f"{path.parent.name}.[0-9]*/{path.name}"))  # see run_folder.py
+        latest = max(moved, key=lambda found: found.stat().st_mtime, default=None)
+        hint = f"an earlier run's is {latest}" if latest else "train.py writes logs/training/checkpoint_final.pt"
+        raise ValueError(f"There is no checkpoint {path}; {hint}.")
     return path
 
 

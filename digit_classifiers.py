@@ -5,7 +5,6 @@ is trained on 200 real digits per class that no model of this course ever sees: 
 first`.
 """
 
-import json
 import os
 import time
 from dataclasses import asdict, replace
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from checkpoint import fill, load_weights, save_weights
 from moving_mnist import WorldConfig, sprites
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -123,7 +122,7 @@ def load_classifier(path=None, second=False):
         name = "second" if second else "first"
         raise ValueError(f"no {path.name}: `python metrics.py --train_classifier {name}` makes it")
     model = kind()
-    model.load_state_dict(load_file(path))
+    fill(model, load_weights(path).state_dict, path)
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -199,17 +198,13 @@ def make_classifier(name):
     model = train_classifier(name == "second", world=world, **TRAINING[name])
     record = {
         "command": f"python metrics.py --train_classifier {name}",
-        "config": {"world": asdict(world), **TRAINING[name]},
-        "split": model.split,
-        "digits_per_class": 200,
+        "seed": TRAINING[name]["seed"],
+        "data": {**asdict(world), "split": model.split, "sprites_per_class": 200},
+        "config": TRAINING[name],
         "seconds": round(time.monotonic() - start),
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": str(torch.__version__)},
-        "accuracy": {split: held_out_accuracy(model, split, world) for split in ("validation", "train")},
+        "metrics": {f"{split}_accuracy": held_out_accuracy(model, split, world) for split in ("validation", "train")},
     }
-    CHECKPOINTS.mkdir(exist_ok=True)
     path = CHECKPOINTS / f"{model.split}.safetensors"
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
-    path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{path.name}: accuracy {record['accuracy']}")
+    save_weights(path, model.state_dict(), record, dtype=torch.float32)
+    print(f"{path.name}: {record['metrics']}")

@@ -84,9 +84,10 @@ def rollout(
 
     Training and inference run this same code. Inference takes every denoising step (exit_step=None), under no_grad.
     Training leaves each block at a random exit_step (an int, or one per block) and keeps the gradient of that one
-    call. noise [B, F, C, H, W] is where the blocks start; F must be a whole number of blocks. The generator returns
-    the cache: `cache = yield from rollout(...)` continues a stream. observe(frame=, step=, t=, x_t=, x0=) sees every
-    guess. Raises ValueError for an F that cuts a block and for an exit_step that no denoising step has.
+    call. noise [B, F, C, H, W] is where the blocks start; F must be a whole number of blocks. In the end the iterator
+    returns its cache: `cache = yield from rollout(...)` continues a stream, with the sink and window it has.
+    observe(frame=, step=, t=, x_t=, x0=) sees every guess. Raises ValueError for an F that cuts a block and for an
+    exit_step that no denoising step has.
     """
     if cache is None:
         cache = KVCache(config.sink_frames, config.window_frames)
@@ -193,8 +194,8 @@ def causal_forcing_loss(
 ) -> Tensor:
     """Flow matching of a block-causal model on data, every block at its own noise level.
 
-    Teacher forcing: a block sees its past clean. Diffusion forcing (Chen et al. 2024): it sees its past as noisy as
-    that is.
+    Teacher forcing: a block sees its past clean. Diffusion forcing (Chen et al. 2024): it sees
+    each past block at that block's own noise level.
     """
     sizes = torch.tensor(block_sizes(x0.shape[1], config.frames_per_block))
     if t is None:
@@ -241,9 +242,9 @@ def dmd_loss(
 ) -> Tensor:  # fmt: skip
     """Distribution matching (DMD, arXiv 2311.18828, eq. 7-8): a loss whose gradient moves the video, and nothing else.
 
-    The video [B, F, C, H, W] is noised to a random t; teacher (guided) and critic each say what clean video they see
-    in it. Where the teacher sees it more often than the critic, which knows what the student makes, the student
-    should go:
+    The video [B, F, C, H, W] is noised to a random t, and two networks say what clean video they see in it: the
+    teacher (guided), who knows real videos, and the critic, who knows the student's. Where they agree, nothing moves;
+    elsewhere the video goes from the critic's guess towards the teacher's:
 
         gradient = (x0_fake - x0_real) / mean |video - x0_real|      per sample
 
@@ -313,14 +314,14 @@ def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class SelfForcingConfig:
-    """Settings of Algorithm 1.
+    """Settings of Algorithm 1; the defaults are the paper's.
 
     guidance_scale: of the teacher (uncond + w (cond - uncond)); fake_guidance_scale: of the critic inside the loss,
     None for none. critic_steps: critic updates per generator update, on fresh_rollouts or on the generator's own.
-    exit_rule: "random" (one step for all blocks), "per_block", or "last". gradient_frames: gradient, teacher and
-    critic see only so many last frames, the teacher's clip length. Clips have min_num_frames to max_num_frames
-    frames. Score times are drawn from [min_score_time, 1], warped; ts_schedule raises the lower bound to the step
-    after the exit, ts_schedule_max lowers the upper one to the exit.
+    exit_rule: "random" (one step for all blocks), "per_block", or "last". gradient_frames: gradient, teacher and critic
+    see only so many last frames, the teacher's clip length. Clips have min_num_frames to max_num_frames frames. Score
+    times are drawn from [min_score_time, 1], warped, and kept within [0.02, 0.98]; ts_schedule raises the lower bound
+    to the step after the exit, ts_schedule_max lowers the upper one to the exit.
     """
 
     rollout: RolloutConfig = RolloutConfig()

@@ -69,8 +69,12 @@ def check_denoising_steps(steps: Sequence[float]) -> tuple[float, ...]:
 
 def _per_frame(t: Time, video: Tensor) -> Time:
     """t as something that broadcasts over [B, F, C, H, W]."""
-    if not isinstance(t, Tensor) or t.ndim == 0:
+    if not isinstance(t, Tensor):
+        if not 0 <= t <= 1:
+            raise ValueError(f"t runs from 0 (clean) to 1 (noise), got {t}; divide Wan's 0..1000 by 1000.")
         return t
+    if t.ndim == 0:
+        return _exact(t)
     if t.ndim > 2 or t.shape[0] != video.shape[0] or (t.ndim == 2 and t.shape[1] not in (1, video.shape[1])):
         raise ValueError(
             f"t must be a float, [B] or [B, F] for a video of shape {tuple(video.shape)}; got {tuple(t.shape)}."

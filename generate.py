@@ -22,7 +22,7 @@ from checkpoint import atomic, fill, load_weights, locate
 from dynamic_video_sf import Guided, RolloutConfig, euler, renoise, rollout
 from flow_match import FlowMatchScheduler
 from kv_cache import block_sizes
-from moving_mnist import DIRECTIONS, Digit, PromptEncoder, format_prompt, parse_prompt
+from moving_mnist import DIRECTIONS, Digit, PromptEncoder, WorldConfig, format_prompt, parse_prompt
 from randomness import generator, randn
 from simplified import (  # noqa: F401  (names of older documents, promised here)
     SelfForcingLoss,
@@ -65,8 +65,15 @@ class LoadedModel:
     scheduler: FlowMatchScheduler
     encoder: PromptEncoder
     sampling: SamplingConfig
-    num_frames: int
-    frame_shape: tuple[int, int, int]
+    world: WorldConfig
+
+    @property
+    def num_frames(self) -> int:
+        return self.world.num_frames
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        return self.world.channels, self.world.canvas, self.world.canvas
 
 
 def load_model(path: str | Path, weights: str = "ema", device="cpu") -> LoadedModel:
@@ -76,19 +83,27 @@ def load_model(path: str | Path, weights: str = "ema", device="cpu") -> LoadedMo
     config = loaded.config
     if not {"model", "world", "training", "scheduler"} <= config.keys():
         raise ValueError(f"{path} carries no config: it was not written by train.py.")
-    settings = {f.name: config["model"][f.name] for f in fields(WanConfig)}
-    model = TinyCausalWanModel(WanConfig(**settings))
-    fill(model, loaded.state_dict, path)
-    model.attention = matmul_attention
-    world = config["world"]
+    try:
+        model = WanConfig(**pick(WanConfig, config["model"]))
+        world = WorldConfig(**pick(WorldConfig, config["world"]))
+        sampling = SamplingConfig.of(config["training"], world.num_frames)
+    except KeyError as error:
+        raise ValueError(f"{path} was written by another version: its config has no {error}.") from error
+    network = TinyCausalWanModel(model)
+    fill(network, loaded.state_dict, path)
+    network.attention = matmul_attention
     return LoadedModel(
-        model.to(device).eval().requires_grad_(False),
+        network.to(device).eval().requires_grad_(False),
         FlowMatchScheduler(config["scheduler"]["shift"]),
-        PromptEncoder(settings["text_dim"], settings["text_len"]),
-        SamplingConfig.of(config["training"], world["num_frames"]),
-        world["num_frames"],
-        (world["channels"], world["canvas"], world["canvas"]),
+        PromptEncoder(model.text_dim, model.text_len),
+        sampling,
+        world,
     )
+
+
+def pick(kind, settings) -> dict:
+    """The settings that a dataclass has a field for; KeyError if one is missing."""
+    return {f.name: settings[f.name] for f in fields(kind)}
 
 
 def sample_blocks(
@@ -149,7 +164,7 @@ def sample_videos(
     outside the grammar and for frame counts that the model cannot make.
     """
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint, weights)
-    prompts = [format_prompt(parse_prompt(prompt)) for prompt in prompts]
+    prompts = [checked(prompt, loaded.world) for prompt in prompts]
     sampling = adapt(loaded, num_frames, denoising_steps, guidance_scale)
     shape = (num_frames or loaded.num_frames, *loaded.frame_shape)
     sizes = block_sizes(shape[0], sampling.rollout.frames_per_block)
@@ -165,6 +180,14 @@ def sample_videos(
                 bar.update(len(block))
             videos.append(torch.cat(blocks, dim=1))
     return torch.cat(videos)
+
+
+def checked(prompt: str, world: WorldConfig) -> str:
+    """The prompt as the encoder knows it. Raises ValueError for one that this model was not trained on."""
+    digits = parse_prompt(prompt)
+    if len(digits) != world.num_digits:
+        raise ValueError(f'This model shows {world.num_digits} digit(s) at a time, "{prompt}" names {len(digits)}.')
+    return format_prompt(digits)
 
 
 def adapt(loaded: LoadedModel, num_frames, denoising_steps, guidance_scale) -> SamplingConfig:
@@ -184,14 +207,18 @@ def adapt(loaded: LoadedModel, num_frames, denoising_steps, guidance_scale) -> S
 # ------------------------------------------------------------------------------------------------- command line
 
 
+def to_pixels(video: Tensor) -> np.ndarray:
+    """Videos of any shape in [-1, 1], what lies outside clipped, as uint8."""
+    return ((video + 1) / 2).clamp(0, 1).mul(255).round().byte().cpu().numpy()
+
+
 def save(video: Tensor, prompt: str, seed: int, stem: Path, formats: Sequence[str]) -> list[Path]:
     """Write the K samples [K, F, C, H, W] of one prompt in every format; pictures show them side by side."""
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
     for path in paths:
         if path.suffix == ".npz":
-            pixels = ((video + 1) / 2).clamp(0, 1).mul(255).round().byte().numpy()
             with atomic(path) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, video=pixels, prompt=prompt, seed=seed)
+                np.savez_compressed(file, video=to_pixels(video), prompt=prompt, seed=seed)
         else:
             save_video_grid(video, path, columns=len(video), scale=6)
     return paths

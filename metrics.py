@@ -1,7 +1,8 @@
 """The exact metrics of Moving MNIST: which digit, where, how fast, how much ink, how varied.
 
 Each metric is one function whose docstring is its definition; `evaluate` returns all of them as curves over
-the frame index, as far as the videos go. The two classifiers that judge were trained on digits of their own.
+the frame index, as far as the videos go. The two classifiers that judge were trained on digits of their own; the
+command line has one of them judge everything, and the accuracy that the other sees is the `second_opinion`.
 
     python metrics.py --checkpoint checkpoints/student.safetensors --seed 0 1 2 --json student.json
     python metrics.py --checkpoint real --json real.json     # the ceiling: held-out real digits
@@ -11,7 +12,7 @@ the frame index, as far as the videos go. The two classifiers that judge were tr
 import argparse
 import json
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -247,18 +248,18 @@ def class_entropy(seen):
 def diversity(seen, labels, reference):
     """Mean distance between the features of two samples of a digit, divided by that of two real ones. [F].
 
-    The mean over all digits that occur at least twice. Real: about 1. Every sample the same: 0.
+    The mean over all digits that occur at least twice; NaN if none does. Real: about 1. Every sample the same: 0.
     """
     repeated = [k for k in labels.unique().tolist() if (labels == k).sum() > 1]
     if not repeated:
-        raise ValueError("diversity needs at least two videos of the same digit")
+        return torch.full(seen.classes.shape[1:], torch.nan)
     ratios = [pairwise_distance(seen.features[labels == k]) / reference.distance[k] for k in repeated]
     return torch.stack(ratios).mean(0)
 
 
 def evaluate(videos, prompts, *, world, classifier, frames_per_block=3, reference=None):
     """Every metric of videos [B, F, C, H, W], averaged over them: a mapping from its name to a list of F
-    floats.
+    floats. Diversity is left out where no digit occurs twice.
 
     Without a `reference`, `make_reference` is called on `world`. Raises ValueError for prompts that do not
     name one digit, and for videos that do not fit the prompts, the world's canvas or a metric's needs.
@@ -267,7 +268,10 @@ def evaluate(videos, prompts, *, world, classifier, frames_per_block=3, referenc
     if videos.dim() != 5 or len(videos) != len(prompts) or videos.shape[-2:] != 2 * (world.canvas,):
         expected = f"[{len(prompts)}, F, C, {world.canvas}, {world.canvas}]"
         raise ValueError(f"videos must be {expected} for these prompts and this world, not {list(videos.shape)}")
+    if world.digit_size != WorldConfig.digit_size:
+        raise ValueError(f"the classifiers know digits of {WorldConfig.digit_size} pixels, not of {world.digit_size}")
     reference = reference or make_reference(world, classifier)
+    videos = videos.clamp(-1, 1)  # as they are shown: nobody sees brighter than white
     seen = measure(videos, classifier)
     curves = {
         "digit_accuracy": digit_accuracy(seen, labels),
@@ -280,7 +284,8 @@ def evaluate(videos, prompts, *, world, classifier, frames_per_block=3, referenc
         "class_entropy": class_entropy(seen),
         "diversity": diversity(seen, labels, reference),
     }
-    return {name: (curve.mean(0) if curve.dim() == 2 else curve).tolist() for name, curve in curves.items()}
+    means = {name: curve.mean(0) if curve.dim() == 2 else curve for name, curve in curves.items()}
+    return {name: curve.tolist() for name, curve in means.items() if not curve.isnan().all()}
 
 
 def summarise(curves, train_frames, frames_per_block=3):
@@ -303,33 +308,44 @@ def real_videos(prompts, world, seed):
 
 
 def source(args):
-    """The world that --checkpoint was trained in, and a function (prompts, seed) -> videos."""
+    """What --checkpoint was trained with, world and frames per block, and a function (prompts, seed) -> videos."""
     if args.checkpoint == "real":
         held_out = replace(WorldConfig(), split="validation", num_frames=args.num_frames)
-        return WorldConfig(), lambda prompts, seed: real_videos(prompts, held_out, seed)
-    from checkpoint import (
-        load_weights,
-        locate,
-    )  # the module itself stays a leaf; only its command line looks up
-    from generate import load_model, sample_videos
+        return WorldConfig(), 3, lambda prompts, seed: real_videos(prompts, held_out, seed)
+    from generate import load_model, sample_videos  # the module itself stays a leaf; only its command line looks up
 
     loaded = load_model(args.checkpoint)
+    frames_per_block = loaded.sampling.rollout.frames_per_block
+    if loaded.sampling.whole_clip:  # nothing is made in blocks: judge it by those of its students
+        frames_per_block = 3
     options = {"denoising_steps": args.denoising_steps, "guidance_scale": args.guidance_scale}
-    settings = load_weights(locate(args.checkpoint)).config["world"]
-    world = WorldConfig(**{field.name: settings[field.name] for field in fields(WorldConfig)})
-    return world, lambda prompts, seed: sample_videos(loaded, prompts, args.num_frames, seed=seed, **options)
+
+    def make_videos(prompts, seed):
+        return sample_videos(loaded, prompts, args.num_frames, seed=seed, **options)
+
+    return loaded.world, frames_per_block, make_videos
 
 
 def run(args):
     """Evaluate a checkpoint, or real clips, with every seed: the record that --json writes."""
-    for name, least in (("num_videos", 20), ("num_frames", WINDOW), ("frames_per_block", 2)):
+    world, frames_per_block, make_videos = source(args)
+    args.frames_per_block = args.frames_per_block or frames_per_block
+    if not isinstance(args.frames_per_block, int):
+        raise ValueError(f"blocks of {args.frames_per_block} frames: say with --frames_per_block which to measure by")
+    for name, least in (("num_videos", 1), ("num_frames", WINDOW), ("frames_per_block", 2)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    (world, make_videos), prompts = source(args), uniform_prompts(args.num_videos)
-    classifier = load_classifier(second=args.classifier == "second")
+    prompts = uniform_prompts(args.num_videos)
+    if args.prompts:
+        prompts = [args.prompts[i % len(args.prompts)] for i in range(args.num_videos)]
+    classifier, other = (load_classifier(second=args.classifier == name) for name in ("second", "first"))
     options = {"world": world, "classifier": classifier, "frames_per_block": args.frames_per_block}
     options["reference"] = make_reference(world, classifier)
-    curves = {seed: evaluate(make_videos(prompts, seed), prompts, **options) for seed in tqdm(args.seed, desc="seeds")}
+    curves = {}
+    for seed in tqdm(args.seed, desc="seeds"):
+        videos = make_videos(prompts, seed)
+        seen_by_other = digit_accuracy(measure(videos, other), one_digit(prompts)[0])
+        curves[seed] = {**evaluate(videos, prompts, **options), "second_opinion": seen_by_other.mean(0).tolist()}
     floor = evaluate(real_videos(prompts, world, seed=2_000_000), prompts, **options)["frechet_distance"]
     summaries = [summarise(c, world.num_frames, args.frames_per_block) for c in curves.values()]
     frechet = {
@@ -342,18 +358,22 @@ def run(args):
 
 
 def over_seeds(summaries):
-    """Summaries of several seeds -> one, each number replaced by its mean and sample standard deviation."""
+    """Summaries of several seeds -> one, each number replaced by its mean and sample standard deviation, if any."""
     if isinstance(summaries[0], dict):
         return {name: over_seeds([summary[name] for summary in summaries]) for name in summaries[0]}
-    spread = float(np.std(summaries, ddof=1)) if len(summaries) > 1 else 0.0
-    return {"mean": float(np.mean(summaries)), "std": spread}
+    std = float(np.std(summaries, ddof=1)) if len(summaries) > 1 else None
+    return {"mean": float(np.mean(summaries)), "std": std}
+
+
+def spread(std):
+    return " " * 8 if std is None else f"+-{std:6.3f}"
 
 
 def show(record):
     rows, frechet = record["summary"], record["frechet"]
     print(" " * 21 + "".join(f"{span:>16}" for span in rows["ink"]))
     for metric, row in rows.items():
-        print(f"{metric:21}" + "".join(f"{v['mean']:8.3f} +-{v['std']:6.3f}" for v in row.values()))
+        print(f"{metric:21}" + "".join(f"{v['mean']:8.3f} {spread(v['std'])}" for v in row.values()))
     print(f"mean +- standard deviation over seeds {record['seed']}, {record['num_videos']} videos each")
     print(f"frechet_distance of as many real clips: {frechet['real_against_real']:.3f}")
 
@@ -362,13 +382,16 @@ def main():
     parser = argparse.ArgumentParser(description="Measure videos of moving digits, frame by frame.")
     parser.add_argument("--checkpoint", default="real", help='a checkpoint, or "real": held-out real digits')
     parser.add_argument("--num_videos", type=int, default=160)
+    parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="in turn, one digit each; by default all 80")
     parser.add_argument("--num_frames", type=int, default=96)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--json", help="write the curves and their summary here")
-    parser.add_argument("--denoising_steps", type=int, nargs="+")
+    parser.add_argument("--denoising_steps", type=float, nargs="+")
     parser.add_argument("--guidance_scale", type=float)
-    parser.add_argument("--frames_per_block", type=int, default=3)
-    parser.add_argument("--classifier", choices=TRAINING, default="first", help="which of the two judges")
+    parser.add_argument("--frames_per_block", type=int, help="by default the checkpoint's")
+    parser.add_argument(
+        "--classifier", choices=TRAINING, default="first", help="who judges; the other has a second_opinion"
+    )
     parser.add_argument("--train_classifier", choices=TRAINING, help="train and save one of the two instead")
     args = parser.parse_args()
     try:

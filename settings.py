@@ -1,7 +1,8 @@
 """The settings of a training run: their defaults, and one clear sentence for each way to get them wrong.
 
 A run is configs/train.yaml composed by Hydra with a stage, an experiment and the command line. Its leaves are the
-frozen dataclasses of the code that they configure; their defaults are written there, once, and nowhere else.
+frozen dataclasses of the code that they configure, with their defaults. TrainingConfig speaks for a run: where it has
+a field of SelfForcingConfig or RolloutConfig, whose defaults are the paper's, its own are those of the small world.
 """
 
 import difflib
@@ -32,6 +33,8 @@ CHOICES = {
 }
 COUNTS = ("num_steps", "batch_size", "micro_batch_size", "checkpoint_every", "sample_every", "short_clip_frames")
 COUNTS += ("gradient_frames", "min_num_frames")
+AT_LEAST_ZERO = ("seed", "warmup_steps", "short_clip_steps", "ema_start_step", "lr", "critic_lr", "weight_decay")
+LEAST = dict.fromkeys(COUNTS, 1) | dict.fromkeys(AT_LEAST_ZERO, 0)
 FRACTIONS = ("decay_fraction", "ema_decay", "prompt_dropout", "min_score_time", "short_clip_share")
 
 
@@ -43,8 +46,10 @@ class TrainingConfig:
     that of Muon's matrices, other parameters get a tenth of it; with AdamW it is everybody's. The lr rises over
     warmup_steps and falls to zero over the last decay_fraction of the run. The first short_clip_steps steps, and
     short_clip_share of those after them, see only the first short_clip_frames of each clip. The rollout settings are
-    those of SelfForcingConfig and RolloutConfig (denoising_steps in 0..1000). compile has torch.compile work on the
-    networks that see whole clips, which pays in runs of many minutes; it needs a C++ compiler.
+    those of SelfForcingConfig and RolloutConfig (denoising_steps in 0..1000), with defaults for the small world: every
+    block takes all its steps and keeps the gradient of the last, and three critic updates share the rollout of the
+    generator. compile has torch.compile work on the networks that see whole clips, which pays in runs of many minutes;
+    it needs a C++ compiler.
     """
 
     stage: str = "self_forcing"
@@ -104,10 +109,12 @@ class TrainingConfig:
             if name in CHOICES and value not in CHOICES[name]:
                 allowed = ", ".join("null" if choice is None else choice for choice in CHOICES[name])
                 raise ValueError(f"training.{name} must be one of {allowed}; got {value!r}.")
-            if name in COUNTS and value is not None and value < 1:
-                raise ValueError(f"training.{name} must be at least 1, got {value}.")
+            if name in LEAST and value is not None and not value >= LEAST[name]:  # nor NaN
+                raise ValueError(f"training.{name} must be at least {LEAST[name]}, got {value}.")
             if name in FRACTIONS and not 0 <= value <= 1:
                 raise ValueError(f"training.{name} must lie between 0 and 1, got {value}.")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"training.max_grad_norm must be above 0, got {self.max_grad_norm}.")
         micro = self.micro_batch_size or self.batch_size
         if self.batch_size % micro:
             raise ValueError(

@@ -58,7 +58,7 @@ class WanConfig:
             raise ValueError(f"dim={self.dim} must split into num_heads={self.num_heads} heads of even width.")
         if len(self.patch_size) != 3 or self.patch_size[0] != 1 or min(self.patch_size) < 1:
             raise ValueError(
-                f"patch_size must be (1, height, width): Wan has one token row per frame; got {self.patch_size}."
+                f"patch_size must be (1, height, width): a patch of Wan lies in one frame; got {self.patch_size}."
             )
 
 
@@ -400,6 +400,7 @@ class TinyCausalWanModel(nn.Module):
 
     def embed(self, x_t: Tensor, t: float | Tensor, cond, cache: KVCache | None) -> tuple[Tensor, Tensor]:
         """Tokens [b f s e] of the frames and their time embedding [b f e]."""
+        self.check_input(x_t, t, cond)
         batch, frames, _, height, width = x_t.shape
         _, ph, pw = self.config.patch_size
         if height % ph or width % pw:
@@ -412,6 +413,18 @@ class TinyCausalWanModel(nn.Module):
         t = t.reshape(-1, t.shape[-1] if t.ndim == 2 else 1).expand(batch, frames)
         dtype = self.patch_embedding.weight.dtype
         return self.patch_embedding(x_t.to(dtype)), self.time_embedding(sinusoid(t, self.config.freq_dim).to(dtype))
+
+    def check_input(self, x_t: Tensor, t: float | Tensor, cond) -> None:
+        """What a newcomer gets wrong first: the order of the axes, the scale of t, the prompt."""
+        channels = self.config.out_dim if self.config.model_type == "i2v" else self.config.in_dim
+        if x_t.ndim != 5 or x_t.shape[2] != channels:
+            raise ValueError(f"A video is [B, F, C, H, W] with C = {channels} for this model; got {list(x_t.shape)}.")
+        if not isinstance(t, Tensor) and not 0 <= t <= 1:
+            raise ValueError(f"t runs from 0 (clean) to 1 (noise), got {t}; the scale 0..1000 is the config's alone.")
+        shape = list(cond["prompt_embeds"].shape) if "prompt_embeds" in cond else None
+        if shape is None or [shape[0], shape[-1]] != [len(x_t), self.config.text_dim]:
+            expected = f"[{len(x_t)}, L, {self.config.text_dim}]"
+            raise ValueError(f"cond['prompt_embeds'] must be {expected} for this model and batch; got {shape}.")
 
     def image_latents(self, cond, cache: KVCache | None, frames: int) -> Tensor:
         """The given image's latents for the frames at hand, out of those of the whole clip."""

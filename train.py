@@ -34,7 +34,17 @@ from flow_match import FlowMatchScheduler
 from generate import SamplingConfig, sample
 from kv_cache import block_sizes
 from randomness import generator, generators, rand, randn
-from run_folder import Interrupt, holds, is_current, keep_freed_memory, machine, open_log, prepare_folder, wandb_log
+from run_folder import (
+    Interrupt,
+    can_resume,
+    holds,
+    is_current,
+    keep_freed_memory,
+    machine,
+    open_log,
+    prepare_folder,
+    wandb_log,
+)
 from settings import TrainingConfig, load_config, make
 from visualization import film_strip
 
@@ -89,12 +99,13 @@ class Run:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def build(cfg) -> Run:
-    """A run at step 0 out of the composed config."""
+def build(cfg, resuming: bool = False) -> Run:
+    """A run at step 0 out of the composed config; when resuming, what it trains needs no weights to start from."""
     config: TrainingConfig = make(cfg.training)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    networks = {"generator": network(cfg.generator, cfg, config.pretrained_checkpoint, device)}
+    start = None if resuming else config.pretrained_checkpoint
+    networks = {"generator": network(cfg.generator, cfg, start, device)}
     teacher = None
     if config.stage == "self_forcing":
         if not (config.pretrained_checkpoint and config.teacher_checkpoint):
@@ -126,8 +137,15 @@ def build(cfg) -> Run:
 
 def check_shapes(run: Run) -> None:
     """Data, model and blocks must fit together: say so now, not at the first sample. Raises ValueError."""
-    _, num_frames, channels, *_ = run.data.batch([0])["video"].shape
+    split = run.record["world"]["split"]
+    if split != "train":
+        raise ValueError(f"world.split must be train, got {split}: the other digits are kept for measuring.")
+    batch = run.data.batch([0])
+    _, num_frames, channels, *_ = batch["video"].shape
     model = run.networks["generator"].config
+    text_dim = run.encoder(batch["prompts"])["prompt_embeds"].shape[-1]
+    if text_dim != model.text_dim:
+        raise ValueError(f"Prompts are encoded with {text_dim} numbers per word: set model.text_dim to {text_dim}.")
     if channels != model.out_dim or (model.model_type == "t2v" and channels != model.in_dim):
         raise ValueError(f"Videos have {channels} channels: set model.in_dim and model.out_dim to {channels}.")
     if run.config.stage != "teacher":
@@ -137,7 +155,7 @@ def check_shapes(run: Run) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    found = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     if name == "auto":
         name = "cuda" if "cuda" in found else "cpu"
     if name.split(":")[0] not in found:
@@ -314,15 +332,12 @@ class Report:
 # ------------------------------------------------------------------------------------------- around the loop
 
 
-def as_yaml(record: dict) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(record))
-
-
 def fit(cfg) -> Path:
     """Train one stage to its end and return checkpoint_final.pt; resumes an unfinished run of the same config."""
     keep_freed_memory()
-    run = build(cfg)
-    folder = prepare_folder(run.config, as_yaml(run.record))
+    record = OmegaConf.to_yaml(cfg, resolve=True)
+    run = build(cfg, resuming=can_resume(cfg.training, record))
+    folder = prepare_folder(run.config, record)
     last, final = folder / "checkpoint_last.pt", folder / "checkpoint_final.pt"
     if last.exists():
         run.load_state_dict(load_checkpoint(last))
@@ -410,8 +425,7 @@ def stage_of(name: str) -> str:
 def fit_once(cfg) -> Path:
     """A stage of an experiment: finished ones are not run again."""
     final = Path(cfg.training.output_dir) / "checkpoint_final.pt"
-    config = OmegaConf.to_container(cfg, resolve=True)
-    if holds(final.parent, as_yaml(config)) and is_current(final, cfg.training):
+    if holds(final.parent, OmegaConf.to_yaml(cfg, resolve=True)) and is_current(final, cfg.training):
         print(f"{final} is there already.")
         return final
     return fit(cfg)
@@ -428,6 +442,8 @@ class SimplifiedTrainer:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv}:
+        sys.exit(print(__doc__))
     try:
         main(sys.argv[1:])
     except (ValueError, FloatingPointError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The course in ten minutes: train Self-Forcing from the shipped weights and show what it changed.
+"""The course in one command: train Self-Forcing from the shipped weights and show what it changed.
 
     make quickstart        or        python -m experiments.quickstart [training.num_steps=200 ...]
 
@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from checkpoint import atomic, locate
-from generate import load_model, sample_videos
+from generate import load_model, sample_videos, to_pixels
 from metrics import evaluate, load_classifier, make_reference, real_videos, uniform_prompts
 from moving_mnist import WorldConfig
 from run_folder import machine
@@ -83,9 +83,7 @@ def draw(videos: dict, curves: dict, prompts: list[str], train_frames: int) -> N
     plot_metric_curves(
         curves, OUTPUT / "curves.png", train_frames, "Self-Forcing, before and after; trained up to the line", SHOWN
     )
-    pixels = {
-        name.replace(" ", "_"): ((video + 1) / 2).mul(255).round().byte().numpy() for name, video in videos.items()
-    }
+    pixels = {name.replace(" ", "_"): to_pixels(video) for name, video in videos.items()}
     with atomic(OUTPUT / "samples.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, prompts=np.array(prompts), **pixels)
 

@@ -279,6 +279,13 @@ def test_average_is_float32_and_moves_at_a_tiny_rate():
     assert shadow.item() - 1 == pytest.approx(0.0078125 * (1 - 0.999**100), rel=0.01)
 
 
+def test_average_lives_where_its_model_lives():
+    """A checkpoint is read on the CPU; the average of a model elsewhere goes there."""
+    ema = EMA(nn.Linear(1, 1, device="meta"), 0.9)
+    ema.load_state_dict(nn.Linear(1, 1).state_dict())
+    assert {x.device.type for x in ema.state_dict().values()} == {"meta"}
+
+
 def test_average_goes_on_where_it_was_saved():
     """state_dict -> load_state_dict continues bit for bit, also from before the start, and shares no memory."""
     for pause in (2, 10):

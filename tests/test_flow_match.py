@@ -11,6 +11,7 @@ SHAPE = (2, 3, 1, 4, 4)
 TIMES = {
     "float": 0.7,
     "scalar": torch.tensor(0.7),
+    "small scalar": torch.tensor(0.3),  # 1 - t is not a bfloat16
     "[B]": torch.tensor([0.3, 0.9]),
     "[B, 1]": torch.tensor([[0.3], [0.9]]),
     "[B, F]": torch.tensor([[0.1, 0.5, 0.9], [1.0, 0.7, 0.2]]),
@@ -124,6 +125,12 @@ def test_bf16_is_computed_in_fp32(convert, t):
     result = function(a, b, t)
     assert result.dtype == torch.bfloat16
     assert torch.equal(result, function(a.float(), b.float(), exact_t).bfloat16())
+
+
+def test_the_scale_of_wan_is_refused():
+    """750 for 0.75 is the first mistake of whoever comes from Wan's code."""
+    with pytest.raises(ValueError, match="t runs from 0 .* got 750; divide Wan's 0..1000 by 1000"):
+        SCHEDULER.add_noise(clip(0), clip(1), 750)
 
 
 def test_float64_stays_float64():

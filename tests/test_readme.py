@@ -1,9 +1,13 @@
-"""Every command that the documents show runs as printed, only smaller; a command that is not run says why."""
+"""Every python command of the README runs as printed, only smaller; every other one that documents show exists.
+
+What the make targets run has tests of its own: test_experiments.py, test_benchmarks.py, and this suite itself.
+"""
 
 import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -47,12 +51,24 @@ def test_every_command_is_known(document):
         program, *arguments = shlex.split(command)
         if program == "make":
             assert set(arguments) <= targets(), command
+            recipe = subprocess.run([*command.split(), "--dry-run"], cwd=REPOSITORY, capture_output=True, text=True)
+            modules = re.findall(r"-m ([a-z.]+)", recipe.stdout)
+            assert recipe.returncode == 0 and all(find_spec(module) for module in modules), recipe
         elif command.startswith(".venv/bin/python -m pytest "):
             assert (REPOSITORY / arguments[2]).exists(), command
         elif comment.startswith(REASON):
             assert len(comment) > len(REASON), command
         else:
             assert program == "python" and arguments[0] in SMALL, f"{document}: {command}"
+
+
+def test_the_code_of_the_readme_is_the_code():
+    """Its excerpt of the rollout is that of dynamic_video_sf.py, line by line, without what only looks on."""
+    shown = re.search(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)[1]
+    source = (REPOSITORY / "dynamic_video_sf.py").read_text()
+    body = re.search(r"( +for x_t, last in zip.*?)\n    return cache", source, re.S)[1]
+    body = re.sub(r" +if observe:\n.*\n", "", body)
+    assert shown.split() == body.split()
 
 
 def test_the_commands_of_the_readme_run(checkout):

@@ -32,7 +32,7 @@ def test_weights_come_from_those_beside_them(name):
     assert record(name)["started_from"] == parents | ({"pretrained_checkpoint": earlier[-1]} if earlier else {})
 
 
-@pytest.mark.parametrize("name", PARENTS)
+@pytest.mark.parametrize("name", [*PARENTS, "classifier", "second_classifier"])
 def test_records_are_whole(name):
     """Command, seed, config, data, duration, machine and measured metrics, and a size that fits a repository."""
     assert {"command", "seed", "config", "data", "seconds", "machine"} <= record(name).keys()

@@ -195,7 +195,7 @@ def test_dynamic_video_sf_checks_itself():
     assert json.loads(stairs.split(": ")[1]) == pytest.approx([1, 2, 3, 4, 5, 6], abs=1e-5)
     assert float(gradient.split()[4]) == pytest.approx(9)
     stride = float(learned.split("is ")[1].split(";")[0])
-    assert stride == pytest.approx(0.5, abs=0.2)  # it starts at 1, and the check draws anew every time
+    assert stride == pytest.approx(0.5, abs=0.2)  # it starts at 1
 
 
 def test_tiny_causal_wan_checks_itself():

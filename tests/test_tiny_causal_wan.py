@@ -722,8 +722,9 @@ def test_the_bf16_model_runs_every_way(attention, changes):
 
 def call(**options):
     model = build()
-    x_t = options.pop("x_t", clip())
-    return model(x_t, 0.5, conditions(model, tokens=options.pop("tokens", 4)), **options)
+    x_t, t = options.pop("x_t", clip()), options.pop("t", 0.5)
+    cond = options.pop("cond", conditions(model, tokens=options.pop("tokens", 4)))
+    return model(x_t, t, cond, **options)
 
 
 MISTAKES = {
@@ -740,6 +741,10 @@ MISTAKES = {
     "clean of other length": (lambda: call(frames_per_block=3, clean=clip(3)), "must have the same shape"),
     "blocks": (lambda: call(frames_per_block=4), "6 frames are not a whole number of blocks .*; use 4 or 8 frames"),
     "frame size": (lambda: call(x_t=clip(size=(4, 5))), "4x5 do not divide into patches of 2x2; change patch_size"),
+    "frames first": (lambda: call(x_t=clip().transpose(1, 2)), r"A video is \[B, F, C, H, W\] with C = \d+ .*; got"),
+    "time of Wan": (lambda: call(t=750.0), r"t runs from 0 \(clean\) to 1 \(noise\), got 750.0"),
+    "no prompt": (lambda: call(cond={}), r"cond\['prompt_embeds'\] must be \[\d, L, \d+\] .*; got None"),
+    "one prompt": (lambda: call(cond={"prompt_embeds": torch.zeros(1, 4, 5)}), r"must be \[\d, L, \d+\]"),
     "prompt": (lambda: call(tokens=7), "The prompt has 7 tokens, the model reads 6: shorten the prompt"),
 }
 

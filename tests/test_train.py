@@ -306,14 +306,16 @@ def occupied(request, weights, tmp_path):
     return folder, command
 
 
-def test_what_cannot_be_resumed_is_moved_aside(occupied, capsys):
+def test_what_cannot_be_resumed_is_moved_aside(occupied, capsys, request):
     """Foreign files, another config's run, one that started from older weights, a finished one: all kept, all whole."""
     folder, command = occupied
     folder.with_name("run.1").mkdir()
     before = tree(folder)
     train.main(command)
     assert tree(folder.with_name("run.2")) == before
-    assert "moved to" in capsys.readouterr().out
+    reason = {"foreign": "other files", "another config": "a run with other settings", "finished": "a finished run"}
+    held = reason.get(request.node.callspec.params["occupied"], "a run from older weights")
+    assert f"{folder} held {held}: moved to" in capsys.readouterr().out
     assert len(rows(folder)) == 4
 
 
@@ -326,6 +328,20 @@ def test_an_unfinished_run_is_not_moved(weights, tmp_path, capsys):
     assert names(tmp_path) == {"run"}
     assert names(tmp_path / "run") == {"config.yaml", "metrics.csv", "samples", "checkpoint_final.pt"}
     assert "Resuming" in capsys.readouterr().out
+
+
+def test_a_stage_may_start_from_the_run_that_it_moves_aside(tmp_path):
+    """The natural mistake, the same folder for both: the source is moved with its run, and the same command resumes."""
+    folder = tmp_path / "run"
+    train.main(options("teacher", folder))
+    command = options("init", folder, None, f"training.pretrained_checkpoint={folder}/checkpoint_final.pt")
+    crash_at(3, command)
+    train.main(command)
+    assert names(tmp_path) == {"run", "run.1"}
+    again = options("init", tmp_path / "own", None, f"training.pretrained_checkpoint={folder}.1/checkpoint_final.pt")
+    train.main(again)
+    states = [load_checkpoint(tmp_path / name / "checkpoint_final.pt") for name in ("run", "own")]
+    assert_same(states[0]["ema_state_dict"], states[1]["ema_state_dict"])
 
 
 @pytest.mark.parametrize("place", [".", "..", ""])
@@ -451,7 +467,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(weights):
 
 def test_short_clips_come_first(weights):
     """Until short_clip_steps only the first frames are trained on, then all of them."""
-    run = train.build(train.load_config(options("teacher", "unused", weights, "training.short_clip_steps=3")))
+    first = ["training.short_clip_steps=3", "training.short_clip_share=0"]
+    run = train.build(train.load_config(options("teacher", "unused", weights, *first)))
     lengths = []
     for run.step in range(5):
         lengths.append(train.clips(run, range(2), train.generators(0, run.step, samples=range(2)))[0].shape[1])
@@ -544,10 +561,17 @@ MISTAKES = {
     "training.denoising_steps=[a,b]": r"training.denoising_steps must be list\[float, ...\], got .*",
     "training.denoising_steps=[250,500]": "denoising_steps must fall strictly from 1000.*",
     "training.window_frames=x": "training.window_frames must be int or null, got 'x'.",
+    "training.warmup_steps=-5": "training.warmup_steps must be at least 0, got -5.",
+    "training.seed=-1": "training.seed must be at least 0, got -1.",
+    "training.max_grad_norm=0": "training.max_grad_norm must be above 0, got 0.",
+    "training.lr=nan": "training.lr must be at least 0, got nan.",
+    "world.split=validation": "world.split must be train, got validation: the other digits are kept for measuring.",
+    "world.num_digits=3": ".* has 14 words, but this encoder takes 10.*",
+    "encoder.text_dim=16": "Prompts are encoded with 16 numbers per word: set model.text_dim to 16.",
     "training.ema_decay=2": "training.ema_decay must lie between 0 and 1, got 2.",
     "training.optimizer=sgd": "training.optimizer must be one of adamw, muon; got 'sgd'.",
     "training.autocast=fp8": "training.autocast must be one of null, bf16; got 'fp8'.",
-    "training.lr=-1": "Invalid learning rate.*",
+    "training.lr=-1": "training.lr must be at least 0, got -1.",
     "training.device=gpu": "training.device=gpu is not to be had on this machine; use .*cpu.",
     "training.micro_batch_size=3": ".*micro batches of 3; choose a micro_batch_size that divides it.",
     "training.min_num_frames=13": "No whole number of blocks .* widen the range.",
@@ -618,6 +642,21 @@ def test_the_real_command_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "train.py: There is no option training.nmu_steps; did you mean training.num_steps?\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", settings.STAGES)
+def test_a_gpu_trains_what_a_cpu_trains(stage, weights, tmp_path):
+    """The same numbers are drawn on both: three steps, broken off and resumed on the GPU, end close to the CPU's."""
+    states = []
+    for device in ("cpu", "cuda"):
+        command = options(stage, tmp_path / device, weights, f"training.device={device}", "training.num_steps=3")
+        if device == "cuda":
+            crash_at(3, command)
+        train.main(command)
+        states.append(load_checkpoint(tmp_path / device / "checkpoint_final.pt")["ema_state_dict"])
+    for name, x in states[0].items():
+        torch.testing.assert_close(states[1][name].cpu(), x, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow

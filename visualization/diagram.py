@@ -106,7 +106,7 @@ def draw_next_block(ax):
     draw_arrow(ax, (10.48, CACHE + 0.72), (CLEAN - 0.1, CACHE + 0.72), color=SKY)
     draw_block(ax, CLEAN, CACHE + 0.47, "noise", width=FRAME)
     write(ax, CLEAN + 1.7, CACHE + 0.72, "block i + 1:\nthe same again", ha="left")
-    words = "In training the exit step is random; inference runs all steps, without gradient. All else is equal."
+    words = "In training the exit step is drawn (or the last); inference runs all, without gradient. All else is equal."
     write(ax, 0.75, 5.88, words, ha="left", style="italic")
 
 
