@@ -28,7 +28,7 @@ def test_quickstart(weights, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"Accuracy rose by -?0.\d\d to 0.\d\d; 0.30 and 0.85 were promised."):
         quickstart.main([*SMALL, *start])
     said = capsys.readouterr().out
-    assert re.search(r"frames that show the prompted digit +0\.\d\d -> 0\.\d\d +\(real digits (0\.9\d|1\.00)\)", said)
+    assert re.search(r"frames that show the prompted digit +0\.\d\d -> +0\.\d\d +\(real digits (0\.9\d|1\.00)\)", said)
     assert names(tmp_path) == {"training", "before_after.gif", "curves.png", "metrics.json", "samples.npz"}
     kinds = {"before", "after", "shipped student", "real"}
     record = json.loads((tmp_path / "metrics.json").read_text())

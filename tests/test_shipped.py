@@ -28,7 +28,7 @@ def test_weights_are_those_that_were_measured(name):
 def test_weights_come_from_those_beside_them(name):
     """A student of another teacher than the one that ships would make the quickstart a different experiment."""
     parents = {option: record(parent)["fingerprint"] for option, parent in PARENTS[name].items()}
-    earlier = [run["fingerprint"] for run in record(name)["earlier_runs"]]
+    earlier = [run["fingerprint"] for run in record(name).get("earlier_runs", [])]
     assert record(name)["started_from"] == parents | ({"pretrained_checkpoint": earlier[-1]} if earlier else {})
 
 

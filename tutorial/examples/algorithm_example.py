@@ -67,8 +67,7 @@ def load_or_make() -> LoadedModel:
         FlowMatchScheduler(3.0),
         PromptEncoder(config.text_dim, config.text_len),
         SamplingConfig(RolloutConfig(frames_per_block=3, window_frames=6)),
-        world.num_frames,
-        (world.channels, world.canvas, world.canvas),
+        world,
     )
 
 
