@@ -237,7 +237,8 @@ LOSSES = {"teacher": teacher_losses, "init": init_losses, "self_forcing": self_f
 def clips(run: Run, samples: Sequence[int], rng) -> tuple[Tensor, dict[str, Tensor]]:
     """Data and prompts, some of them dropped; at the beginning, and in a share of the steps after, short clips.
 
-    Short clips teach looks cheaply, and only they made the teacher tell the prompted direction from its opposite: a long clip gives it away.
+    Short clips teach looks cheaply, and only they made the teacher tell the prompted direction from its opposite: a
+    long clip gives it away.
     """
     batch = run.data.batch(samples)
     video = batch["video"]
