@@ -9,6 +9,8 @@ drifts. Self-Forcing trains it on its own past instead:
     3. flow_matching_loss keep the critic a diffusion model of what the student makes now
     4. self_forcing_step  the three above in a row: Algorithm 1
 
+The losses of the models before (causal initialisation) and of the alternatives to DMD (SiD, GAN) come last.
+
 Everything here is tensors in, tensors out. A *generator* is anything with two methods, of which tiny_causal_wan.py
 has one implementation and the self-check at the end of this file another:
 
@@ -173,69 +175,6 @@ class Guided:
 # -------------------------------------------------------------------------------------------------- 2. the losses
 
 
-def flow_matching_loss(model, scheduler, x0, cond, *, rng: Rng = None, t=None, noise=None, observe=None) -> Tensor:
-    """Mean squared error of the predicted flow on x0 [B, F, C, H, W]: what makes a network a diffusion model of x0.
-
-    On data it trains the teacher; on the student's videos it trains the critic; on data with a block-causal `model`
-    it is diffusion or teacher forcing. t: [B] or [B, F], by default uniform and warped. observe(t=, error=[B]).
-    """
-    if t is None:
-        t = scheduler.warp(rand((x0.shape[0], 1), rng, device=x0.device)[:, 0])
-    noise = randn_like(x0, rng) if noise is None else noise
-    flow = model(scheduler.add_noise(x0, noise, t), t, cond)
-    error = (flow.float() - (noise - x0).float()).square().flatten(1).mean(1)  # [b]
-    if observe:
-        observe(t=t, error=error.detach())
-    return error.mean()
-
-
-def causal_forcing_loss(
-    model, scheduler, x0, cond, config: RolloutConfig, *, teacher_forcing=True, rng: Rng = None, t=None, noise=None
-) -> Tensor:
-    """Flow matching of a block-causal model on data, every block at its own noise level.
-
-    Teacher forcing: a block sees its past clean. Diffusion forcing (Chen et al. 2024): it sees
-    each past block at that block's own noise level.
-    """
-    sizes = torch.tensor(block_sizes(x0.shape[1], config.frames_per_block))
-    if t is None:
-        t = scheduler.warp(rand((x0.shape[0], len(sizes)), rng)).repeat_interleave(sizes, dim=1).to(x0.device)
-    causal = partial(
-        model,
-        frames_per_block=config.frames_per_block,
-        clean=x0 if teacher_forcing else None,
-        sink_frames=config.sink_frames,
-        window_frames=config.window_frames,
-    )
-    return flow_matching_loss(causal, scheduler, x0, cond, t=t, noise=noise, rng=rng)
-
-
-def ode_regression_loss(
-    model, scheduler, trajectory, times, cond, config: RolloutConfig, *, rng: Rng = None, index=None
-) -> Tensor:
-    """Teach a few-step student the end of a teacher's ODE from any point on it (CausVid, arXiv 2412.07772, sec. 4.3).
-
-    trajectory [B, K, F, C, H, W]: states at `times` (K numbers, falling from 1), the last one clean at time 0. Every
-    block of every sample starts at a random state, or at index [B, num_blocks]; blocks that start clean are not
-    counted.
-    """
-    batch, num_states, num_frames = trajectory.shape[:3]
-    sizes = torch.tensor(block_sizes(num_frames, config.frames_per_block))
-    if index is None:
-        index = randint(num_states, (batch, len(sizes)), rng)
-    index = index.repeat_interleave(sizes.to(index.device), dim=1).to(trajectory.device)  # [b f]
-    t = torch.as_tensor(times, dtype=torch.float32, device=trajectory.device)[index]
-    x_t = trajectory.take_along_dim(index[:, None, :, None, None, None], dim=1)[:, 0]
-    causal = partial(
-        model,
-        frames_per_block=config.frames_per_block,
-        sink_frames=config.sink_frames,
-        window_frames=config.window_frames,
-    )
-    x0 = predict_x0(causal, scheduler, x_t, t, cond)
-    return _mean((x0.float() - trajectory[:, -1].float()).square(), t > 0)
-
-
 def dmd_loss(
     video, real_score, fake_score, scheduler, cond, uncond, guidance_scale, *,
     rng: Rng = None, t=None, noise=None, mask=None, observe=None,
@@ -265,35 +204,20 @@ def dmd_loss(
     return 0.5 * _mean((video.float() - target).square(), mask)
 
 
-def sid_loss(
-    video, real_score, fake_score, scheduler, cond, uncond, guidance_scale, *,
-    alpha: float = 1.0, rng: Rng = None, t=None, noise=None, mask=None, observe=None,
-) -> Tensor:  # fmt: skip
-    """Score identity distillation (SiD, arXiv 2404.04057, eq. 23): like DMD, with the gradient through both scores too.
+def flow_matching_loss(model, scheduler, x0, cond, *, rng: Rng = None, t=None, noise=None, observe=None) -> Tensor:
+    """Mean squared error of the predicted flow on x0 [B, F, C, H, W]: what makes a network a diffusion model of x0.
 
-    mean [(real - fake) ((real - video) - alpha (real - fake))] / mean |video - real|, normaliser held fixed. Clear
-    the critic's gradients before its own update: this loss leaves some there.
+    On data it trains the teacher; on the student's videos it trains the critic; on data with a block-causal `model`
+    it is diffusion or teacher forcing. t: [B] or [B, F], by default uniform and warped. observe(t=, error=[B]).
     """
-    t = scheduler.sample_times(video.shape[0], rng).to(video.device) if t is None else t
-    x_t = scheduler.add_noise(video, randn_like(video, rng) if noise is None else noise, t)
-    fake = predict_x0(fake_score, scheduler, x_t, t, cond).float()
-    real = predict_x0(Guided(real_score, uncond, guidance_scale), scheduler, x_t, t, cond).float()
-    normaliser = _mean_abs(video - real).detach()
+    if t is None:
+        t = scheduler.warp(rand((x0.shape[0], 1), rng, device=x0.device)[:, 0])
+    noise = randn_like(x0, rng) if noise is None else noise
+    flow = model(scheduler.add_noise(x0, noise, t), t, cond)
+    error = (flow.float() - (noise - x0).float()).square().flatten(1).mean(1)  # [b]
     if observe:
-        observe(t=t, score_distance=_mean_abs(fake - real).detach().flatten(), normaliser=normaliser.flatten())
-    return _mean((real - fake) * ((real - video) - alpha * (real - fake)) / normaliser, mask)
-
-
-def gan_generator_loss(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
-    """Non-saturating GAN loss of the generator; with real_logits, relativistic (R3GAN, arXiv 2501.05441)."""
-    return F.softplus(-fake_logits if real_logits is None else real_logits - fake_logits).mean()
-
-
-def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor, relativistic: bool = False) -> Tensor:
-    """Logistic GAN loss of the discriminator."""
-    if relativistic:
-        return F.softplus(fake_logits - real_logits).mean()
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+        observe(t=t, error=error.detach())
+    return error.mean()
 
 
 def _mean_abs(x: Tensor) -> Tensor:
@@ -446,6 +370,87 @@ def self_forcing_step(
             "critic",
             flow_matching_loss(fake_score, scheduler, video.detach(), cond, t=t, rng=rng, observe=watch["critic"]),
         )
+
+
+# -------------------------------------------------------------------------------------------- 4. the rest of the family
+
+
+def causal_forcing_loss(
+    model, scheduler, x0, cond, config: RolloutConfig, *, teacher_forcing=True, rng: Rng = None, t=None, noise=None
+) -> Tensor:
+    """Flow matching of a block-causal model on data, every block at its own noise level.
+
+    Teacher forcing: a block sees its past clean. Diffusion forcing (Chen et al. 2024): it sees
+    each past block at that block's own noise level.
+    """
+    sizes = torch.tensor(block_sizes(x0.shape[1], config.frames_per_block))
+    if t is None:
+        t = scheduler.warp(rand((x0.shape[0], len(sizes)), rng)).repeat_interleave(sizes, dim=1).to(x0.device)
+    causal = partial(
+        model,
+        frames_per_block=config.frames_per_block,
+        clean=x0 if teacher_forcing else None,
+        sink_frames=config.sink_frames,
+        window_frames=config.window_frames,
+    )
+    return flow_matching_loss(causal, scheduler, x0, cond, t=t, noise=noise, rng=rng)
+
+
+def ode_regression_loss(
+    model, scheduler, trajectory, times, cond, config: RolloutConfig, *, rng: Rng = None, index=None
+) -> Tensor:
+    """Teach a few-step student the end of a teacher's ODE from any point on it (CausVid, arXiv 2412.07772, sec. 4.3).
+
+    trajectory [B, K, F, C, H, W]: states at `times` (K numbers, falling from 1), the last one clean at time 0. Every
+    block of every sample starts at a random state, or at index [B, num_blocks]; blocks that start clean are not
+    counted.
+    """
+    batch, num_states, num_frames = trajectory.shape[:3]
+    sizes = torch.tensor(block_sizes(num_frames, config.frames_per_block))
+    if index is None:
+        index = randint(num_states, (batch, len(sizes)), rng)
+    index = index.repeat_interleave(sizes.to(index.device), dim=1).to(trajectory.device)  # [b f]
+    t = torch.as_tensor(times, dtype=torch.float32, device=trajectory.device)[index]
+    x_t = trajectory.take_along_dim(index[:, None, :, None, None, None], dim=1)[:, 0]
+    causal = partial(
+        model,
+        frames_per_block=config.frames_per_block,
+        sink_frames=config.sink_frames,
+        window_frames=config.window_frames,
+    )
+    x0 = predict_x0(causal, scheduler, x_t, t, cond)
+    return _mean((x0.float() - trajectory[:, -1].float()).square(), t > 0)
+
+
+def sid_loss(
+    video, real_score, fake_score, scheduler, cond, uncond, guidance_scale, *,
+    alpha: float = 1.0, rng: Rng = None, t=None, noise=None, mask=None, observe=None,
+) -> Tensor:  # fmt: skip
+    """Score identity distillation (SiD, arXiv 2404.04057, eq. 23): like DMD, with the gradient through both scores too.
+
+    mean [(real - fake) ((real - video) - alpha (real - fake))] / mean |video - real|, normaliser held fixed. Clear
+    the critic's gradients before its own update: this loss leaves some there.
+    """
+    t = scheduler.sample_times(video.shape[0], rng).to(video.device) if t is None else t
+    x_t = scheduler.add_noise(video, randn_like(video, rng) if noise is None else noise, t)
+    fake = predict_x0(fake_score, scheduler, x_t, t, cond).float()
+    real = predict_x0(Guided(real_score, uncond, guidance_scale), scheduler, x_t, t, cond).float()
+    normaliser = _mean_abs(video - real).detach()
+    if observe:
+        observe(t=t, score_distance=_mean_abs(fake - real).detach().flatten(), normaliser=normaliser.flatten())
+    return _mean((real - fake) * ((real - video) - alpha * (real - fake)) / normaliser, mask)
+
+
+def gan_generator_loss(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+    """Non-saturating GAN loss of the generator; with real_logits, relativistic (R3GAN, arXiv 2501.05441)."""
+    return F.softplus(-fake_logits if real_logits is None else real_logits - fake_logits).mean()
+
+
+def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor, relativistic: bool = False) -> Tensor:
+    """Logistic GAN loss of the discriminator."""
+    if relativistic:
+        return F.softplus(fake_logits - real_logits).mean()
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
 class SelfForcingEngine:

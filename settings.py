@@ -26,7 +26,7 @@ from tiny_causal_wan import WanConfig
 STAGES = ("teacher", "init", "self_forcing")
 CHOICES = {
     "stage": STAGES,
-    "autocast": (None, "bf16"),
+    "autocast": ("auto", None, "bf16"),
     "optimizer": ("adamw", "muon"),
     "critic_optimizer": ("adamw", "muon"),
     "forcing": ("teacher", "diffusion"),
@@ -48,15 +48,15 @@ class TrainingConfig:
     short_clip_share of those after them, see only the first short_clip_frames of each clip. The rollout settings are
     those of SelfForcingConfig and RolloutConfig (denoising_steps in 0..1000), with defaults for the small world: every
     block takes all its steps and keeps the gradient of the last, and three critic updates share the rollout of the
-    generator. compile has torch.compile work on the networks that see whole clips, which pays in runs of many minutes;
-    it needs a C++ compiler.
+    generator. autocast "auto" is bf16 where the device computes in it, null elsewhere. compile has torch.compile work
+    on the networks that see whole clips, which pays in runs of many minutes; it needs a C++ compiler.
     """
 
     stage: str = "self_forcing"
     output_dir: str = "logs/training"
     seed: int = 0
     device: str = "auto"
-    autocast: str | None = "bf16"
+    autocast: str | None = "auto"
     compile: bool = False
 
     num_steps: int = 300

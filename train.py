@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def build(cfg, resuming: bool = False) -> Run:
     if config.stage == "self_forcing":
         if not (config.pretrained_checkpoint and config.teacher_checkpoint):
             raise ValueError("stage=self_forcing needs training.pretrained_checkpoint and training.teacher_checkpoint.")
+        check_teacher(config.teacher_checkpoint)
         teacher = network(cfg.real_score, cfg, config.teacher_checkpoint, device).requires_grad_(False)
         networks["critic"] = network(cfg.fake_score, cfg, config.teacher_checkpoint, device)
     if config.compile:  # not what rolls out: it would be compiled anew for every length of its cache
@@ -133,6 +135,15 @@ def build(cfg, resuming: bool = False) -> Run:
     )
     check_shapes(run)
     return run
+
+
+def check_teacher(checkpoint: str) -> None:
+    """A score sees whole clips: causal weights have the same shapes and would teach nonsense. Raises ValueError."""
+    stage = load_weights(locate(checkpoint)).config.get("training", {}).get("stage", "teacher")
+    if stage != "teacher":
+        raise ValueError(
+            f"{checkpoint} was made by stage={stage}; training.teacher_checkpoint needs one of stage=teacher."
+        )
 
 
 def check_shapes(run: Run) -> None:
@@ -300,9 +311,19 @@ def lr_scale(step: int, config: TrainingConfig) -> float:
 
 
 def autocast(run: Run):
-    if run.config.autocast is None:
-        return nullcontext()
-    return torch.autocast(run.device.type, torch.bfloat16)
+    kind = run.config.autocast
+    if kind == "auto":
+        kind = "bf16" if computes_in_bf16(run.device) else None
+    return torch.autocast(run.device.type, torch.bfloat16) if kind else nullcontext()
+
+
+@lru_cache
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether bf16 is native: a CPU that emulates it is slower than in fp32, with AVX2 thirteen times."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def to(cond: dict[str, Tensor], device) -> dict[str, Tensor]:

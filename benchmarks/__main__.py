@@ -18,13 +18,14 @@ from benchmarks.report import markdown
 from benchmarks.steps import WORK, measure_steps, settings
 from benchmarks.streaming import WAYS, measure_stream
 from checkpoint import atomic
-from run_folder import machine
+from run_folder import keep_freed_memory, machine
 
 FOLDER = Path(__file__).parent
 
 
 def measure(plan: Plan) -> dict:
     """All results; report.py says what they mean."""
+    keep_freed_memory()  # as train.py does
     small = plan.sizes[0]
     course = settings(small.num_frames, small.num_frames)
     frames_per_block = course.rollout.frames_per_block

@@ -15,6 +15,7 @@ from tiny_causal_wan import (
     FrameMask,
     TinyCausalWanModel,
     WanConfig,
+    exact_attention,
     matmul_attention,
     rope_table,
     rotate,
@@ -639,6 +640,16 @@ def test_both_attentions_agree_without_a_mask_and_with_more_keys():
     )
 
 
+def test_exact_attention_is_the_faster_of_the_two():
+    """Bit for bit: matrix products in bf16 on a CPU, PyTorch's kernel in fp32; with the mask."""
+    inputs, mask = [randn((2, 8, 3, 8), generator(0, name)) for name in "qkv"], FrameMask((1, 3), tokens_per_frame=2)
+    for dtype, faster in {torch.float32: sdpa_attention, torch.bfloat16: matmul_attention}.items():
+        cast = [x.to(dtype) for x in inputs]
+        result = exact_attention(*cast, mask=mask, layer=0)
+        for kernel in (sdpa_attention, matmul_attention):
+            assert torch.equal(result, kernel(*cast, mask=mask)) == (kernel is faster)
+
+
 def recorded(model):
     """The calls that `model` makes from now on, as (layer, kind, mask, query length, key length)."""
     calls = []
@@ -664,7 +675,7 @@ def test_attention_is_replaced_by_assignment():
     flow = model(clip(), 0.5, cond)
     assert calls == both_layers(("self", None, 24, 24), cross)
     assert_close(flow, other(clip(), 0.5, cond))
-    assert len(calls) == 4 and other.attention is sdpa_attention
+    assert len(calls) == 4 and other.attention is exact_attention
 
     calls.clear()
     model(clip(), 0.5, cond, frames_per_block=(1, 5), sink_frames=1, window_frames=2)

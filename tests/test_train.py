@@ -392,6 +392,27 @@ def test_master_weights_stay_float32_under_autocast(stage, weights, tmp_path):
             assert nn.functional.cosine_similarity(one.grad.flatten(), other.grad.flatten(), dim=0) > 0.99
 
 
+def test_autocast_is_bf16_only_where_the_cpu_computes_in_it(weights, tmp_path, monkeypatch):
+    """autocast=auto, the default, is that of the processor's instructions; null and bf16 stay what they are."""
+    assert settings.TrainingConfig().autocast == "auto"
+    runs = {
+        kind: train.build(train.load_config([*options("teacher", tmp_path, weights), f"training.autocast={kind}"]))
+        for kind in ("auto", "null", "bf16")
+    }
+    for able, expected in (
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"avx2": True}, False),
+        ({}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        train.computes_in_bf16.cache_clear()
+        for kind, lowers in {"auto": expected, "null": False, "bf16": True}.items():
+            with train.autocast(runs[kind]):
+                assert torch.is_autocast_enabled("cpu") == lowers
+    train.computes_in_bf16.cache_clear()
+
+
 def test_half_precision_masters_are_refused():
     """A builder that gives bf16 parameters is told to use autocast."""
     cfg = train.load_config(SIZES)
@@ -570,7 +591,7 @@ MISTAKES = {
     "encoder.text_dim=16": "Prompts are encoded with 16 numbers per word: set model.text_dim to 16.",
     "training.ema_decay=2": "training.ema_decay must lie between 0 and 1, got 2.",
     "training.optimizer=sgd": "training.optimizer must be one of adamw, muon; got 'sgd'.",
-    "training.autocast=fp8": "training.autocast must be one of null, bf16; got 'fp8'.",
+    "training.autocast=fp8": "training.autocast must be one of auto, null, bf16; got 'fp8'.",
     "training.lr=-1": "training.lr must be at least 0, got -1.",
     "training.device=gpu": "training.device=gpu is not to be had on this machine; use .*cpu.",
     "training.micro_batch_size=3": ".*micro batches of 3; choose a micro_batch_size that divides it.",
@@ -595,6 +616,7 @@ MISTAKES = {
     "training.pretrained_checkpoint=null": ".*needs training.pretrained_checkpoint and training.teacher_checkpoint.",
     "training.pretrained_checkpoint=nope.pt": "There is no checkpoint nope.pt.*",
     "training.teacher_checkpoint=nope.pt": "There is no checkpoint nope.pt.*",
+    "training.teacher_checkpoint=checkpoints/init.safetensors": ".*was made by stage=init; .* one of stage=teacher.",
     "stages={teacher:[]} stage=init": "This experiment lists its stages: leave out stage=.*",
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ def options(stage, folder, weights=None, *more):
 
 def make_weights(folder):
     """Two shipped networks, start and teacher, with every parameter, the zero head included, at random."""
-    cfg = train.load_config(TINY)
+    cfg = train.load_config(["stage=teacher", *TINY])
     record = {"config": train.OmegaConf.to_container(cfg, resolve=True)}
     for seed, name in enumerate(("start", "teacher")):
         torch.manual_seed(seed)
