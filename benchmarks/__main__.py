@@ -6,6 +6,7 @@ else; --fast only shows that everything runs.
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,8 +34,9 @@ def measure(plan: Plan) -> dict:
     gflops = {precision: {} for precision in PRECISIONS}
     for precision, side in tqdm(gemms, desc="GEMM peak"):
         gflops[precision][str(side)] = gemm_gflops(side, precision, plan.repeats)
-    rows = (row for size in plan.sizes for row in measure_steps(size, plan.repeats))
-    steps = list(tqdm(rows, total=len(plan.sizes) * len(WORK) * len(PRECISIONS), desc="steps"))
+    compiled = plan.compiled and bool(shutil.which("c++"))
+    rows = (row for size in plan.sizes for row in measure_steps(size, plan.repeats, compiled))
+    steps = list(tqdm(rows, total=len(plan.sizes) * (len(WORK) + compiled) * len(PRECISIONS), desc="steps"))
     for step in steps:
         step["fraction_of_peak"] = step["gflop"] / step["seconds"] / max(gflops[step["precision"]].values())
     stream = measure_stream(small, plan.num_blocks, plan.stream_batch, plan.repeats)

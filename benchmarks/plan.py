@@ -31,7 +31,8 @@ class Size:
 @dataclass(frozen=True)
 class Plan:
     """gemm_sizes: sides of the square matrices. Time per block: over num_blocks blocks of stream_batch videos. Memory:
-    at every clip length of memory_frames, of which the last gradient_frames, or all, keep a gradient."""
+    at every clip length of memory_frames, of which the last gradient_frames, or all, keep a gradient. compiled: also
+    what torch.compile makes of the teacher's step, where there is a C++ compiler."""
 
     sizes: tuple[Size, ...]
     gemm_sizes: tuple[int, ...]
@@ -40,6 +41,7 @@ class Plan:
     stream_batch: int
     memory_frames: tuple[int, ...]
     gradient_frames: int = 12
+    compiled: bool = False
 
 
 WIDE = WanConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=4, patch_size=(1, 6, 6))
@@ -52,6 +54,7 @@ FULL = Plan(
     num_blocks=20,
     stream_batch=4,
     memory_frames=(12, 24, 36, 48),
+    compiled=True,
 )
 FAST = Plan(
     sizes=(Size("miniature", MINIATURE, batch=2, num_frames=6, canvas=12),),

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +57,13 @@ class Trained:
         self.optimizer.zero_grad()
 
 
-def teacher_step(size: Size, precision: str, attention) -> Work:
+def teacher_step(size: Size, precision: str, attention, compiled: bool = False) -> Work:
     """Flow matching on a clip: forward, backward, optimizer."""
     video, cond = inputs(size)
     teacher = Trained(size)
     teacher.model.attention = attention
+    for layer in teacher.model.blocks if compiled else ():
+        layer.compile(dynamic=False)
 
     def step():
         with autocast(precision):
@@ -108,18 +112,21 @@ def inference(size: Size, precision: str, attention) -> Work:
 WORK = {"teacher step": teacher_step, "Self-Forcing step": self_forcing, "inference rollout": inference}
 
 
-def measure_steps(size: Size, repeats: int) -> Iterator[dict]:
-    """One row per kind of work and precision.
+def measure_steps(size: Size, repeats: int, compiled: bool = False) -> Iterator[dict]:
+    """One row per kind of work and precision; compiled: also what training.compile makes of the teacher's step.
 
     FLOPs are counted with attention spelled out as matrix products, because torch's counter does not see those inside
     the CPU's fused kernel; what that kernel computes twice in its backward is not counted as work.
     """
     for name, build in WORK.items():
         gflop = count_gflop(build(size, "fp32", matmul_attention))
-        for precision, attention in KERNELS.items():
-            spent = median_seconds(build(size, precision, attention), repeats)
+        ways = {name: build}
+        if compiled and build is teacher_step:
+            ways[f"{name}, compiled"] = partial(teacher_step, compiled=True)
+        for (way, build_way), (precision, attention) in product(ways.items(), KERNELS.items()):
+            spent = median_seconds(build_way(size, precision, attention), repeats)
             yield {
-                "work": name,
+                "work": way,
                 "size": size.name,
                 "precision": precision,
                 "attention": attention.__name__,
