@@ -412,11 +412,11 @@ def preview(run: Run, folder: Path) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------- command line
 
 
-# Where a stage starts when stages run in a row: its option, and the stage whose latest weights it names.
+# Where a stage starts when stages run in a row: at the latest weights of itself, if it is listed twice, or of another.
 SOURCES = {
-    "teacher": {"pretrained_checkpoint": "teacher"},
-    "init": {"pretrained_checkpoint": "teacher"},
-    "self_forcing": {"pretrained_checkpoint": "init", "teacher_checkpoint": "teacher"},
+    "teacher": {"pretrained_checkpoint": ("teacher",)},
+    "init": {"pretrained_checkpoint": ("init", "teacher")},
+    "self_forcing": {"pretrained_checkpoint": ("self_forcing", "init"), "teacher_checkpoint": ("teacher",)},
 }
 
 
@@ -432,9 +432,9 @@ def main(overrides: Sequence[str]) -> Path:
         one = load_config([f"stage={stage_of(name)}", *settings, *overrides])
         one.stages, one.training.output_dir = None, f"{cfg.training.output_dir}/{name}"
         stage = one.training.stage
-        for option, source in SOURCES[stage].items():
-            if source in made:
-                one.training[option] = str(made[source])
+        for option, sources in SOURCES[stage].items():
+            if latest := next((made[source] for source in sources if source in made), None):
+                one.training[option] = str(latest)
         made[stage] = fit_once(one)
     return made[stage]
 

@@ -31,7 +31,7 @@ def earlier_runs(training: dict) -> list[dict]:
     before = json.loads(path.with_suffix(".json").read_text()) if path.suffix == ".safetensors" else describe(path)
     if before["config"]["training"]["stage"] != training["stage"]:
         return []
-    told = ("command", "seed", "steps", "seconds", "machine", "fingerprint")
+    told = ("command", "seed", "steps", "seconds", "machine", "fingerprint", "started_from")
     return [*before.get("earlier_runs", []), {key: before[key] for key in told}]
 
 

@@ -1,6 +1,7 @@
 """The weights that ship belong together, say how they came about, and are what they say."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from tiny_runs import REPOSITORY
@@ -28,8 +29,10 @@ def test_weights_are_those_that_were_measured(name):
 def test_weights_come_from_those_beside_them(name):
     """A student of another teacher than the one that ships would make the quickstart a different experiment."""
     parents = {option: record(parent)["fingerprint"] for option, parent in PARENTS[name].items()}
-    earlier = [run["fingerprint"] for run in record(name).get("earlier_runs", [])]
-    assert record(name)["started_from"] == parents | ({"pretrained_checkpoint": earlier[-1]} if earlier else {})
+    runs = [*record(name).get("earlier_runs", []), record(name)]
+    assert runs[0]["started_from"] == parents
+    for before, run in pairwise(runs):
+        assert run["started_from"] == parents | {"pretrained_checkpoint": before["fingerprint"]}
 
 
 @pytest.mark.parametrize("name", [*PARENTS, "classifier", "second_classifier"])

@@ -135,25 +135,27 @@ def test_stages_in_a_row_and_only_once(tmp_path, capsys):
     """An experiment trains each stage from the one before; again, nothing is done; a new teacher renews the rest."""
     command = ["experiment=from_scratch_cpu", *TINY, f"training.output_dir={tmp_path}", "training.num_steps=2"]
     final = train.main(command)
-    stages = ("teacher", "teacher_2", "init", "self_forcing")
+    stages = ("teacher", "teacher_2", "init", "self_forcing", "self_forcing_2")
     finals = {stage: tmp_path / stage / "checkpoint_final.pt" for stage in stages}
-    assert final == finals["self_forcing"] and names(tmp_path) == set(stages)
+    assert final == finals["self_forcing_2"] and names(tmp_path) == set(stages)
     records = {stage: load_checkpoint(path)["config"]["training"] for stage, path in finals.items()}
     assert records["teacher"]["pretrained_checkpoint"] is None
     assert records["teacher_2"]["pretrained_checkpoint"] == str(finals["teacher"])
     assert records["init"]["pretrained_checkpoint"] == str(finals["teacher_2"])
     assert records["self_forcing"]["pretrained_checkpoint"] == str(finals["init"])
-    assert records["self_forcing"]["teacher_checkpoint"] == str(finals["teacher_2"])
+    assert records["self_forcing_2"]["pretrained_checkpoint"] == str(finals["self_forcing"])
+    for stage in ("self_forcing", "self_forcing_2"):
+        assert records[stage]["teacher_checkpoint"] == str(finals["teacher_2"])
 
     written = {stage: path.stat().st_mtime_ns for stage, path in finals.items()}
     capsys.readouterr()
     assert train.main(command) == final
     assert written == {stage: path.stat().st_mtime_ns for stage, path in finals.items()}
-    assert capsys.readouterr().out.count("is there already") == 4
+    assert capsys.readouterr().out.count("is there already") == 5
 
     os.utime(finals["teacher_2"])  # as if it had been trained anew
     train.main(command)
-    assert names(tmp_path) == {*stages, "init.1", "self_forcing.1"}
+    assert names(tmp_path) == {*stages, "init.1", "self_forcing.1", "self_forcing_2.1"}
 
 
 def test_an_interrupted_row_goes_on_in_its_stage(tmp_path):
@@ -595,7 +597,7 @@ MISTAKES = {
     "training.lr=-1": "training.lr must be at least 0, got -1.",
     "training.device=gpu": "training.device=gpu is not to be had on this machine; use .*cpu.",
     "training.micro_batch_size=3": ".*micro batches of 3; choose a micro_batch_size that divides it.",
-    "training.min_num_frames=13": "No whole number of blocks .* widen the range.",
+    "training.min_num_frames=25": "No whole number of blocks .* widen the range.",
     "training.exit_rule=per_block training.ts_schedule=true": "ts_schedule .* needs exit_rule 'random' or 'last'.",
     "training.critic_steps=0": "critic_steps must be at least 1.*",
     "training.gradient_frames=0": "training.gradient_frames must be at least 1, got 0.",
