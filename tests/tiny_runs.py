@@ -27,9 +27,9 @@ def options(stage, folder, weights=None, *more):
 
 def make_weights(folder):
     """Two shipped networks, start and teacher, with every parameter, the zero head included, at random."""
-    cfg = train.load_config(["stage=teacher", *TINY])
-    record = {"config": train.OmegaConf.to_container(cfg, resolve=True)}
-    for seed, name in enumerate(("start", "teacher")):
+    for seed, (name, stage) in enumerate({"start": "self_forcing", "teacher": "teacher"}.items()):
+        cfg = train.load_config([f"stage={stage}", *TINY])
+        record = {"config": train.OmegaConf.to_container(cfg, resolve=True)}
         torch.manual_seed(seed)
         model = train.make(cfg.generator)
         for parameter in model.parameters():
