@@ -30,7 +30,7 @@ from simplified import (  # noqa: F401  (names of older documents, promised here
     SimplifiedSelfForcingPipeline,
     explain_self_forcing,
 )
-from tiny_causal_wan import TinyCausalWanModel, WanConfig, matmul_attention
+from tiny_causal_wan import TinyCausalWanModel, WanConfig
 from visualization import save_video_grid
 
 TEACHER_STEPS = 32
@@ -91,7 +91,6 @@ def load_model(path: str | Path, weights: str = "ema", device="cpu") -> LoadedMo
         raise ValueError(f"{path} was written by another version: its config has no {error}.") from error
     network = TinyCausalWanModel(model)
     fill(network, loaded.state_dict, path)
-    network.attention = matmul_attention
     return LoadedModel(
         network.to(device).eval().requires_grad_(False),
         FlowMatchScheduler(config["scheduler"]["shift"]),

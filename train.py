@@ -319,7 +319,7 @@ def autocast(run: Run):
 
 @lru_cache
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether bf16 is native: a CPU that emulates it is slower than in fp32, with AVX2 thirteen times."""
+    """Whether bf16 is native: a CPU that emulates it is slower than in fp32 (docs/trials.md)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()

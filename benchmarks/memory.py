@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from benchmarks.measure import peak_mib
 from benchmarks.plan import Size
-from benchmarks.steps import KERNELS, self_forcing, settings
+from benchmarks.steps import self_forcing, settings
+from tiny_causal_wan import exact_attention
 
 
 def measure_memory(size: Size, lengths: tuple[int, ...], gradient_frames: int) -> Iterator[tuple[str, list[float]]]:
@@ -19,6 +20,6 @@ def measure_memory(size: Size, lengths: tuple[int, ...], gradient_frames: int) -
 
 
 def step_peak_mib(size: Size, config) -> float:
-    step = self_forcing(size, "fp32", KERNELS["fp32"], config)
+    step = self_forcing(size, "fp32", exact_attention, config)
     step()  # the optimizers allocate their state once
     return peak_mib(step)

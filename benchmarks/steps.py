@@ -13,10 +13,9 @@ from benchmarks.plan import Size
 from dynamic_video_sf import SelfForcingConfig, flow_matching_loss, generate, self_forcing_step
 from flow_match import FlowMatchScheduler
 from settings import TrainingConfig
-from tiny_causal_wan import TinyCausalWanModel, matmul_attention, sdpa_attention
+from tiny_causal_wan import TinyCausalWanModel, exact_attention, matmul_attention
 
 SCHEDULER = FlowMatchScheduler(3.0)
-KERNELS = {"fp32": sdpa_attention, "bf16": matmul_attention}  # the faster of the two exact ones on a CPU
 
 Work = Callable[[], None]
 
@@ -123,13 +122,12 @@ def measure_steps(size: Size, repeats: int, compiled: bool = False) -> Iterator[
         ways = {name: build}
         if compiled and build is teacher_step:
             ways[f"{name}, compiled"] = partial(teacher_step, compiled=True)
-        for (way, build_way), (precision, attention) in product(ways.items(), KERNELS.items()):
-            spent = median_seconds(build_way(size, precision, attention), repeats)
+        for (way, build_way), precision in product(ways.items(), PRECISIONS):
+            spent = median_seconds(build_way(size, precision, exact_attention), repeats)
             yield {
                 "work": way,
                 "size": size.name,
                 "precision": precision,
-                "attention": attention.__name__,
                 "seconds": spent,
                 "tokens_per_second": size.tokens / spent,
                 "gflop": gflop,

@@ -81,7 +81,7 @@ def draw(videos: dict, curves: dict, prompts: list[str], train_frames: int) -> N
     labels = [f"{name} {digit}" for name in ("before", "after") for digit in range(10)]
     save_video_grid(rows, OUTPUT / "before_after.gif", columns=10, labels=labels)
     plot_metric_curves(
-        curves, OUTPUT / "curves.png", train_frames, "Self-Forcing, before and after; trained up to the line", SHOWN
+        curves, OUTPUT / "curves.png", train_frames, "Self-Forcing: before and after were trained up to the line", SHOWN
     )
     pixels = {name.replace(" ", "_"): to_pixels(video) for name, video in videos.items()}
     with atomic(OUTPUT / "samples.npz") as temporary, temporary.open("wb") as file:
