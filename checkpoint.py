@@ -27,10 +27,11 @@ StateDict = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Weights:
-    """One network out of a checkpoint: its parameters and the config it was trained with."""
+    """One network out of a checkpoint: its parameters, the config it was trained with, and the file."""
 
     state_dict: StateDict
     config: dict = field(default_factory=dict)
+    path: Path | None = None
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def load_weights(path: str | Path, which: str = "ema") -> Weights:
         return _load_safetensors(_existing(path))
     state = load_checkpoint(path)
     averaged = state.get("ema_state_dict") if which == "ema" else None
-    return Weights(averaged or state["generator_state_dict"], state.get("config", {}))
+    return Weights(averaged or state["generator_state_dict"], state.get("config", {}), Path(path))
 
 
 def save_weights(path: str | Path, state_dict: StateDict, record: Mapping, dtype=torch.float16) -> None:
@@ -146,7 +147,7 @@ def _load_safetensors(path: Path) -> Weights:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors (truncated or corrupt): {error}") from error
-    return Weights({name: x.float() for name, x in tensors.items()}, json.loads(metadata.get("config", "{}")))
+    return Weights({name: x.float() for name, x in tensors.items()}, json.loads(metadata.get("config", "{}")), path)
 
 
 def _existing(path: str | Path) -> Path:

@@ -79,6 +79,21 @@ def euler(scheduler, x0: Tensor, x_t: Tensor, t: Time, t_next: Time, noise: Tens
     return x_t + (t_next - t) * scheduler.to_flow(x0, x_t, t)
 
 
+def stochastic(fresh_noise: float):
+    """A sampler between the two: `euler` at 0, `renoise` at 1. With variance fresh_noise^2 the next noise is new.
+
+    New noise lets later steps correct the errors of earlier ones; DDIM's eta (arXiv 2010.02502, eq. 12) does the same.
+    """
+    if not 0 <= fresh_noise <= 1:
+        raise ValueError(f"fresh_noise must lie between 0 (an ODE) and 1 (all noise new), got {fresh_noise}.")
+
+    def sampler(scheduler, x0: Tensor, x_t: Tensor, t: Time, t_next: Time, noise: Tensor) -> Tensor:
+        kept = x0 + scheduler.to_flow(x0, x_t, t)  # the noise that the model sees in x_t
+        return scheduler.add_noise(x0, (1 - fresh_noise**2) ** 0.5 * kept + fresh_noise * noise, t_next)
+
+    return sampler
+
+
 def rollout(
     generator, scheduler, noise, cond, config, *, cache=None, exit_step=None, rng=None, sampler=renoise, observe=None
 ):
@@ -288,11 +303,14 @@ class SelfForcingConfig:
         return [end for end in borders[1:] if self.min_num_frames <= end <= self.max_num_frames]
 
 
-def training_rollout(generator, scheduler, noise, cond, config: SelfForcingConfig, *, rng=None, shared_rng=None):
+def training_rollout(
+    generator, scheduler, noise, cond, config: SelfForcingConfig, *, data=None, rng=None, shared_rng=None
+):
     """A student's clip of random length, left at random exits: its last `gradient_frames` frames, and the exit step.
 
     noise [B, max_num_frames, C, H, W]. Only the exit call of a block that reaches into the returned frames keeps a
-    gradient. Clip length and exits come from shared_rng: they are the same for every sample and every process.
+    gradient. Clip length and exits come from shared_rng: they are the same for every sample and every process. data is
+    not looked at: a student that learns from its own videos needs none.
     """
     lengths = config.clip_lengths()
     num_frames = lengths[int(randint(len(lengths), (1,), shared_rng))]
@@ -320,6 +338,8 @@ def draw_exit(config: SelfForcingConfig, num_blocks: int, rng: Rng) -> int | lis
 
 def score_times(scheduler, config: SelfForcingConfig, exit_step, batch: int, rng: Rng) -> Tensor:
     """Times [B] at which the scores are compared, bounded by the exit step where the config says so."""
+    if exit_step is None and (config.ts_schedule or config.ts_schedule_max):
+        raise ValueError("ts_schedule bounds the score times by the exit step: this objective has none.")
     steps = (*config.rollout.denoising_steps, 0)
     low = steps[exit_step + 1] / 1000 if config.ts_schedule else 0.0
     high = steps[exit_step] / 1000 if config.ts_schedule_max else 1.0
@@ -329,19 +349,23 @@ def score_times(scheduler, config: SelfForcingConfig, exit_step, batch: int, rng
 
 def self_forcing_step(
     generator, real_score, fake_score, scheduler, noise, cond, uncond, config: SelfForcingConfig, *,
-    loss=dmd_loss, rng: Rng = None, shared_rng: Rng = None, observe: Callable | None = None,
+    loss=dmd_loss, student_video=training_rollout, data=None, rng: Rng = None, shared_rng: Rng = None,
+    observe: Callable | None = None,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Algorithm 1, as a generator of losses: ("generator", loss) once, then ("critic", loss) `critic_steps` times.
 
     The caller backpropagates each loss and steps that network's optimizer before it asks for the next; nothing else
     is left to do. noise [B, max_num_frames, C, H, W]; rng: one generator per sample; shared_rng: for what all samples
-    share. observe(network, **values) sees what the losses report.
+    share. observe(network, **values) sees what the losses report. loss and student_video make the other members of the
+    family: `sid_loss` for dmd_loss, `data_past_rollout` or `one_call_video`, which start from data [B, F, C, H, W], for
+    the student's own rollout.
     """
     watch = {name: observe and partial(observe, name) for name in ("generator", "critic")}
     critic = (
         fake_score if config.fake_guidance_scale is None else Guided(fake_score, uncond, config.fake_guidance_scale)
     )
-    roll = partial(training_rollout, generator, scheduler, cond=cond, config=config, rng=rng, shared_rng=shared_rng)
+    given = {"cond": cond, "config": config, "data": data, "rng": rng, "shared_rng": shared_rng}
+    roll = partial(student_video, generator, scheduler, **given)
     times = partial(score_times, scheduler, config, batch=noise.shape[0], rng=rng)
 
     video, exit_step = roll(noise)
@@ -394,6 +418,53 @@ def causal_forcing_loss(
         window_frames=config.window_frames,
     )
     return flow_matching_loss(causal, scheduler, x0, cond, t=t, noise=noise, rng=rng)
+
+
+class DataPast:
+    """A generator that remembers the data instead of what it made: its past is right, whatever it makes of it.
+
+    With noisy=True every block of the past is remembered at a noise level of its own, as in diffusion forcing.
+    """
+
+    def __init__(self, generator, scheduler, data: Tensor, noisy: bool = False, rng: Rng = None):
+        self.generator, self.scheduler, self.data, self.noisy, self.rng = generator, scheduler, data, noisy, rng
+
+    def __call__(self, x_t: Tensor, t: Time, cond, cache=None) -> Tensor:
+        return self.generator(x_t, t, cond, cache)
+
+    def remember(self, x: Tensor, t: Time, cond, cache):
+        past = self.data[:, cache.next_frame : cache.next_frame + x.shape[1]]
+        if past.shape != x.shape:
+            raise ValueError(f"The data end before frame {cache.next_frame + x.shape[1]}: set max_num_frames to less.")
+        if self.noisy:
+            t = self.scheduler.warp(rand((len(x), 1), self.rng, device=x.device)[:, 0])
+        past = self.scheduler.add_noise(past, randn_like(past, self.rng), t)
+        return self.generator.remember(past, t, cond, cache)
+
+
+def data_past_rollout(generator, scheduler, noise, cond, config: SelfForcingConfig, *, data, noisy=False, rng=None,
+                      shared_rng=None):  # fmt: skip
+    """`training_rollout` on the data's past instead of the student's: few-step teacher forcing (noisy: diffusion
+    forcing). Every block continues the data [B, F, C, H, W], so the blocks together are no video that anybody made."""
+    forced = DataPast(generator, scheduler, data, noisy, rng)
+    return training_rollout(forced, scheduler, noise, cond, config, rng=rng, shared_rng=shared_rng)
+
+
+def one_call_video(generator, scheduler, noise, cond, config: SelfForcingConfig, *, data, rng=None, shared_rng=None):
+    """CausVid's clip (arXiv 2412.07772, Alg. 1): every block of the data noised to one of the few levels, and cleaned
+    in one block-causal call for all. No rollout, no cache; a block sees the others as noisy as they are."""
+    noise = noise[:, : data.shape[1]]
+    sizes = torch.tensor(block_sizes(data.shape[1], config.rollout.frames_per_block))
+    times = torch.tensor(scheduler.denoising_times(config.rollout.denoising_steps))
+    index = randint(len(times), (data.shape[0], len(sizes)), rng).repeat_interleave(sizes, dim=1)  # [b f]
+    t = times[index].to(data.device)
+    causal = partial(
+        generator,
+        frames_per_block=config.rollout.frames_per_block,
+        sink_frames=config.rollout.sink_frames,
+        window_frames=config.rollout.window_frames,
+    )
+    return predict_x0(causal, scheduler, scheduler.add_noise(data, noise, t), t, cond), None
 
 
 def ode_regression_loss(
@@ -451,6 +522,55 @@ def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor, relativisti
     if relativistic:
         return F.softplus(fake_logits - real_logits).mean()
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def gan_step(
+    generator, real_score, discriminator, scheduler, noise, cond, uncond, config: SelfForcingConfig, *, data,
+    relativistic=True, r1_weight=1.0, r2_weight=1.0, sigma=0.1, student_video=training_rollout, rng: Rng = None,
+    shared_rng: Rng = None, observe: Callable | None = None,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Self-Forcing with a GAN: `self_forcing_step` with a discriminator(x_t, t, cond) -> logits [B] for the scores.
+
+    It compares the student's clip with data [B, F, C, H, W], both noised alike; neither teacher nor guidance takes
+    part. r1_weight and r2_weight penalise its slope at the data and at the student's videos (`slope_penalty`).
+    """
+    given = {"cond": cond, "config": config, "data": data, "rng": rng, "shared_rng": shared_rng}
+    roll = partial(student_video, generator, scheduler, **given)
+    video, exit_step = roll(noise)
+    data = data[:, -video.shape[1] :]
+
+    def noised(*clips):
+        t = score_times(scheduler, config, exit_step, len(data), rng).to(data.device)
+        noise = randn_like(data, rng)
+        return [scheduler.add_noise(clip, noise, t) for clip in clips], partial(discriminator, t=t, cond=cond)
+
+    (fake, real), judge = noised(video, data)
+    with torch.no_grad():
+        real_logits = judge(real) if relativistic else None
+    fake_logits = judge(fake)
+    if fake_logits.shape != (len(data),):
+        raise ValueError(f"A discriminator gives a logit per clip, not {list(fake_logits.shape)}; see discriminator.py")
+    yield "generator", gan_generator_loss(fake_logits, real_logits)
+    for _ in range(config.critic_steps):
+        if config.fresh_rollouts:
+            with torch.no_grad():
+                video, exit_step = roll(randn_like(noise, rng))
+        (fake, real), judge = noised(video.detach(), data)
+        real_logits, fake_logits = judge(real), judge(fake)
+        loss = gan_discriminator_loss(real_logits, fake_logits, relativistic)
+        for weight, x, logits in ((r1_weight, real, real_logits), (r2_weight, fake, fake_logits)):
+            if weight:
+                loss = loss + 0.5 * weight * slope_penalty(judge, x, logits, sigma, rng)
+        if observe:
+            observe("critic", real_logit=real_logits.detach(), fake_logit=fake_logits.detach())
+        yield "critic", loss
+
+
+def slope_penalty(discriminator, x, logits, sigma: float, rng: Rng = None) -> Tensor:
+    """R1 and R2 without second derivatives: the mean of ((D(x + sigma e) - D(x)) / sigma)^2, e standard normal, which
+    is the squared length of D's gradient where D is straight within sigma."""
+    moved = discriminator(x + sigma * randn_like(x, rng))
+    return ((moved - logits) / sigma).square().mean()
 
 
 class SelfForcingEngine:

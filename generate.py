@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import atomic, fill, load_weights, locate
-from dynamic_video_sf import Guided, RolloutConfig, euler, renoise, rollout
+from dynamic_video_sf import Guided, RolloutConfig, rollout, stochastic
 from flow_match import FlowMatchScheduler
 from kv_cache import block_sizes
 from moving_mnist import DIRECTIONS, Digit, PromptEncoder, WorldConfig, format_prompt, parse_prompt
@@ -33,15 +33,19 @@ from simplified import (  # noqa: F401  (names of older documents, promised here
 from tiny_causal_wan import TinyCausalWanModel, WanConfig
 from visualization import save_video_grid
 
-TEACHER_STEPS = 32
+TEACHER_STEPS, TEACHER_FRESH_NOISE = 32, 0.5  # an ODE of any number of steps makes worse videos: docs/trials.md
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a model is sampled: whole clips (bidirectional) by an ODE with guidance, or block by block in few steps."""
+    """How a model is sampled: whole clips (bidirectional) in many steps with guidance, or block by block in few.
+
+    fresh_noise: see dynamic_video_sf.stochastic.
+    """
 
     rollout: RolloutConfig
     guidance_scale: float = 1.0
+    fresh_noise: float = 1.0
     whole_clip: bool = False
 
     @classmethod
@@ -51,7 +55,7 @@ class SamplingConfig:
         if training["stage"] == "teacher":
             steps = [1000 * (1 - i / TEACHER_STEPS) for i in range(TEACHER_STEPS)]
             whole = RolloutConfig(steps, frames_per_block=num_frames)
-            return cls(whole, training["guidance_scale"], whole_clip=True)
+            return cls(whole, training["guidance_scale"], TEACHER_FRESH_NOISE, whole_clip=True)
         names = {f.name for f in fields(RolloutConfig)}
         settings = {name: value for name, value in training.items() if name in names}
         return cls(RolloutConfig(frames_per_block=training["num_frames_per_block"], **settings))
@@ -118,7 +122,7 @@ def sample_blocks(
         {name: x.to(device) for name, x in embeds.items()} for embeds in (encoder(prompts), encoder.null(len(prompts)))
     )
     guided = Guided(model, uncond, sampling.guidance_scale) if sampling.guidance_scale != 1 else model
-    sampler = euler if sampling.whole_clip else renoise
+    sampler = stochastic(sampling.fresh_noise)
     frames, *frame_shape = shape
     first, rng = ([generator(*key, purpose) for key in keys] for purpose in ("noise", "renoise"))
     noise = torch.stack([randn((len(prompts), *frame_shape), first, device=device) for _ in range(frames)], dim=1)
@@ -154,17 +158,18 @@ def sample_videos(
     seed=0,
     denoising_steps=None,
     guidance_scale=None,
+    fresh_noise=None,
     batch_size=64,
     weights="ema",
 ) -> Tensor:
     """One video [B, F, C, H, W] per prompt, from a checkpoint (a path or a LoadedModel), in batches.
 
-    num_frames, denoising_steps and guidance_scale default to those of the checkpoint. Raises ValueError for prompts
-    outside the grammar and for frame counts that the model cannot make.
+    num_frames, denoising_steps, guidance_scale and fresh_noise default to those of the checkpoint. Raises ValueError
+    for prompts outside the grammar and for frame counts that the model cannot make.
     """
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint, weights)
     prompts = [checked(prompt, loaded.world) for prompt in prompts]
-    sampling = adapt(loaded, num_frames, denoising_steps, guidance_scale)
+    sampling = adapt(loaded, num_frames, denoising_steps, guidance_scale, fresh_noise)
     shape = (num_frames or loaded.num_frames, *loaded.frame_shape)
     sizes = block_sizes(shape[0], sampling.rollout.frames_per_block)
     keys = sample_keys(prompts, seed)
@@ -189,7 +194,7 @@ def checked(prompt: str, world: WorldConfig) -> str:
     return format_prompt(digits)
 
 
-def adapt(loaded: LoadedModel, num_frames, denoising_steps, guidance_scale) -> SamplingConfig:
+def adapt(loaded: LoadedModel, num_frames, denoising_steps, guidance_scale, fresh_noise) -> SamplingConfig:
     """The checkpoint's own way of sampling with what the user asked to change."""
     sampling = loaded.sampling
     if num_frames is not None and num_frames < 1:
@@ -200,7 +205,8 @@ def adapt(loaded: LoadedModel, num_frames, denoising_steps, guidance_scale) -> S
         )
     if denoising_steps:
         sampling = replace(sampling, rollout=replace(sampling.rollout, denoising_steps=tuple(denoising_steps)))
-    return sampling if guidance_scale is None else replace(sampling, guidance_scale=guidance_scale)
+    changes = {"guidance_scale": guidance_scale, "fresh_noise": fresh_noise}
+    return replace(sampling, **{name: value for name, value in changes.items() if value is not None})
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -236,6 +242,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--num_samples", type=int, default=1, help="videos per prompt, shown side by side")
     add("--denoising_steps", type=float, nargs="+", help="0..1000, falling from 1000")
     add("--guidance_scale", type=float, help="1 for none; by default the checkpoint's")
+    add("--fresh_noise", type=float, help="0 for an ODE, 1 for few-step models; by default the checkpoint's")
     add("--format", nargs="+", choices=("gif", "mp4", "npz"), default=["gif", "mp4", "npz"])
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights where there are any")
     return parser.parse_args(arguments)
@@ -253,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         args.seed,
         args.denoising_steps,
         args.guidance_scale,
+        args.fresh_noise,
         weights=args.weights,
     )
     paths = []

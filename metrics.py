@@ -318,7 +318,7 @@ def source(args):
     frames_per_block = loaded.sampling.rollout.frames_per_block
     if loaded.sampling.whole_clip:  # nothing is made in blocks: judge it by those of its students
         frames_per_block = 3
-    options = {"denoising_steps": args.denoising_steps, "guidance_scale": args.guidance_scale}
+    options = {name: getattr(args, name) for name in ("denoising_steps", "guidance_scale", "fresh_noise")}
 
     def make_videos(prompts, seed):
         return sample_videos(loaded, prompts, args.num_frames, seed=seed, **options)
@@ -388,6 +388,7 @@ def main():
     parser.add_argument("--json", help="write the curves and their summary here")
     parser.add_argument("--denoising_steps", type=float, nargs="+")
     parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--fresh_noise", type=float, help="see generate.py")
     parser.add_argument("--frames_per_block", type=int, help="by default the checkpoint's")
     parser.add_argument(
         "--classifier", choices=TRAINING, default="first", help="who judges; the other has a second_opinion"

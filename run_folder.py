@@ -17,7 +17,7 @@ from checkpoint import atomic, locate
 
 COLUMNS = [
     *("step", "seconds", "generator_loss", "generator_grad_norm", "critic_loss", "critic_grad_norm"),
-    *("score_distance", "normaliser", "sample_ink", "sample_speed"),
+    *("score_distance", "normaliser", "real_logit", "fake_logit", "sample_ink", "sample_speed"),
     *(f"{name}_flow_error_t{level}" for name in ("generator", "critic") for level in ("0.00", "0.25", "0.50", "0.75")),
 ]
 

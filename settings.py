@@ -6,9 +6,11 @@ a field of SelfForcingConfig or RolloutConfig, whose defaults are the paper's, i
 """
 
 import difflib
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -217,6 +219,24 @@ def allows(hint, value) -> bool:
         kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
         return len(kinds) == len(value) and all(map(allows, kinds, value))
     return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def make_step(objective) -> Callable:
+    """The step of Algorithm 1 that an objective names, with the functions and numbers that it names beside it."""
+    options = {name: function(value) for name, value in objective.items() if name not in ("step", "needs", "critic")}
+    step = function(objective.step)
+    try:
+        inspect.signature(step).bind_partial(**options)
+    except TypeError as error:
+        raise ValueError(f"{objective.step} does not go with these options of objective: {error}.") from error
+    return partial(step, **options)
+
+
+def function(value):
+    """What a dotted path or a `_target_` names; numbers and switches are themselves."""
+    if isinstance(value, str):
+        return make({"_target_": "hydra.utils.get_method", "path": value})
+    return make(value) if OmegaConf.is_config(value) else value
 
 
 def make(node):

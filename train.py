@@ -13,7 +13,7 @@ configs/train.yaml.
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -25,12 +25,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import EMA, fill, load_checkpoint, load_weights, locate, save_checkpoint
-from dynamic_video_sf import (
-    causal_forcing_loss,
-    flow_matching_loss,
-    self_forcing_step,
-)
+from checkpoint import EMA, Weights, fill, load_checkpoint, load_weights, locate, save_checkpoint
+from dynamic_video_sf import causal_forcing_loss, flow_matching_loss
 from flow_match import FlowMatchScheduler
 from generate import SamplingConfig, sample
 from kv_cache import block_sizes
@@ -46,7 +42,7 @@ from run_folder import (
     prepare_folder,
     wandb_log,
 )
-from settings import TrainingConfig, load_config, make
+from settings import TrainingConfig, function, load_config, make, make_step
 from visualization import film_strip
 
 # ------------------------------------------------------------------------------------------------------- one run
@@ -65,6 +61,7 @@ class Run:
     optimizers: dict[str, list[torch.optim.Optimizer]]
     ema: EMA
     teacher: nn.Module | None = None
+    algorithm: Callable | None = None
     step: int = 0
     seconds: float = 0.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -105,18 +102,23 @@ def build(cfg, resuming: bool = False) -> Run:
     config: TrainingConfig = make(cfg.training)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    start = None if resuming else config.pretrained_checkpoint
+    start = None if resuming or not config.pretrained_checkpoint else load_weights(locate(config.pretrained_checkpoint))
     networks = {"generator": network(cfg.generator, cfg, start, device)}
-    teacher = None
+    teacher = algorithm = None
     if config.stage == "self_forcing":
         if not (config.pretrained_checkpoint and config.teacher_checkpoint):
             raise ValueError("stage=self_forcing needs training.pretrained_checkpoint and training.teacher_checkpoint.")
-        check_teacher(config.teacher_checkpoint)
-        teacher = network(cfg.real_score, cfg, config.teacher_checkpoint, device).requires_grad_(False)
-        networks["critic"] = network(cfg.fake_score, cfg, config.teacher_checkpoint, device)
+        weights = load_weights(locate(config.teacher_checkpoint))
+        check_teacher(weights)
+        if "teacher" in cfg.objective.needs:
+            teacher = network(cfg.real_score, cfg, weights, device).requires_grad_(False)
+        networks["critic"] = network(cfg.fake_score, cfg, weights, device)
+        if "critic" in cfg.objective:
+            networks["critic"] = function(cfg.objective.critic)(networks["critic"]).to(device)
+        algorithm = make_step(cfg.objective)
     if config.compile:  # not what rolls out: it would be compiled anew for every length of its cache
-        whole_clip = [teacher, networks["critic"]] if teacher else [networks["generator"]]
-        for layer in (layer for model in whole_clip for layer in model.blocks):
+        whole_clip = [teacher, networks["critic"]] if algorithm else [networks["generator"]]
+        for layer in (layer for model in whole_clip for layer in getattr(model, "blocks", ())):
             layer.compile(dynamic=False)
     optimizers = {"generator": make_optimizers(networks["generator"], config.optimizer, config.lr, config)}
     if "critic" in networks:
@@ -131,18 +133,19 @@ def build(cfg, resuming: bool = False) -> Run:
         optimizers,
         EMA(networks["generator"], config.ema_decay, config.ema_start_step),
         teacher,
+        algorithm,
         device=device,
     )
     check_shapes(run)
     return run
 
 
-def check_teacher(checkpoint: str) -> None:
+def check_teacher(weights: Weights) -> None:
     """A score sees whole clips: causal weights have the same shapes and would teach nonsense. Raises ValueError."""
-    stage = load_weights(locate(checkpoint)).config.get("training", {}).get("stage", "teacher")
+    stage = weights.config.get("training", {}).get("stage", "teacher")
     if stage != "teacher":
         raise ValueError(
-            f"{checkpoint} was made by stage={stage}; training.teacher_checkpoint needs one of stage=teacher."
+            f"{weights.path} was made by stage={stage}; training.teacher_checkpoint needs one of stage=teacher."
         )
 
 
@@ -159,6 +162,10 @@ def check_shapes(run: Run) -> None:
         raise ValueError(f"Prompts are encoded with {text_dim} numbers per word: set model.text_dim to {text_dim}.")
     if channels != model.out_dim or (model.model_type == "t2v" and channels != model.in_dim):
         raise ValueError(f"Videos have {channels} channels: set model.in_dim and model.out_dim to {channels}.")
+    if run.algorithm and "data" in run.record["objective"]["needs"] and num_frames < run.config.max_num_frames:
+        raise ValueError(
+            f"This objective starts from data of {num_frames} frames: set training.max_num_frames to no more."
+        )
     if run.config.stage != "teacher":
         block_sizes(num_frames, run.config.num_frames_per_block)
     if run.config.stage == "init" and run.config.short_clip_steps:
@@ -174,12 +181,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def network(builder, cfg, checkpoint: str | None, device) -> nn.Module:
+def network(builder, cfg, weights: Weights | None, device) -> nn.Module:
     model = make(builder)
     if cfg.attention:
-        model.attention = make({"_target_": "hydra.utils.get_method", "path": cfg.attention})
-    if checkpoint:
-        fill(model, load_weights(locate(checkpoint)).state_dict, checkpoint)
+        model.attention = function(cfg.attention)
+    if weights:
+        fill(model, weights.state_dict, weights.path)
     if any(p.dtype != torch.float32 for p in model.parameters()):
         raise ValueError(
             "Master weights must be float32: small updates vanish in half precision. Use training.autocast."
@@ -227,7 +234,7 @@ def self_forcing_losses(run: Run, samples: Sequence[int], rng, observe) -> Itera
     batch = run.data.batch(samples)
     cond, uncond = to(run.encoder(batch["prompts"]), run.device), to(run.encoder.null(len(samples)), run.device)
     shape = (len(samples), config.max_num_frames, *batch["video"].shape[2:])
-    yield from self_forcing_step(
+    yield from run.algorithm(
         run.networks["generator"],
         run.teacher,
         run.networks["critic"],
@@ -236,6 +243,7 @@ def self_forcing_losses(run: Run, samples: Sequence[int], rng, observe) -> Itera
         cond,
         uncond,
         config,
+        data=batch["video"].to(run.device),
         rng=rng,
         shared_rng=generator(run.config.seed, run.step, "shared"),
         observe=lambda name, **values: observe(name=name, **values),
@@ -339,7 +347,7 @@ class Report:
     def add(self, name: str, value: float) -> None:
         self.values[name].append(value)
 
-    def observe(self, t: Tensor, name: str = "generator", error: Tensor | None = None, **values: Tensor) -> None:
+    def observe(self, t: Tensor | None = None, name="generator", error: Tensor | None = None, **values: Tensor) -> None:
         for key, value in values.items():
             self.add(key, value.mean().item())
         if error is not None:
@@ -424,6 +432,8 @@ def main(overrides: Sequence[str]) -> Path:
     """Compose, check and run: one stage, or the stages that an experiment lists, each from the one before."""
     cfg = load_config(overrides)
     if not cfg.stages:
+        if cfg.training.stage != "self_forcing" and any(override.startswith("objective") for override in overrides):
+            raise ValueError(f"objective= says how stage=self_forcing learns; stage={cfg.training.stage} has none.")
         return fit(cfg)
     if any(override.startswith("stage=") for override in overrides):
         raise ValueError("This experiment lists its stages: leave out stage=, finished ones are not run again.")

@@ -155,12 +155,14 @@ def test_average_or_raw(folder, tmp_path):
 
 
 def test_steps_and_guidance_are_those_of_the_checkpoint_unless_given(student):
-    """--denoising_steps and --guidance_scale change the video; the checkpoint's own settings do not."""
+    """--denoising_steps, --guidance_scale and --fresh_noise change the video; the checkpoint's own settings do not."""
     plain = sample_videos(student, PROMPTS)
     assert torch.equal(sample_videos(student, PROMPTS, denoising_steps=[1000, 750, 500, 250]), plain)
     assert torch.equal(sample_videos(student, PROMPTS, guidance_scale=1.0), plain)
     assert (sample_videos(student, PROMPTS, denoising_steps=[1000, 500]) - plain).abs().mean() > 0.01
     assert (sample_videos(student, PROMPTS, guidance_scale=3.0) - plain).abs().mean() > 0.01
+    assert torch.equal(sample_videos(student, PROMPTS, fresh_noise=1.0), plain)
+    assert (sample_videos(student, PROMPTS, fresh_noise=0.5) - plain).abs().mean() > 0.01
 
 
 def test_a_checkpoint_of_every_stage_can_be_sampled(folder, tmp_path, monkeypatch):
@@ -179,7 +181,7 @@ def test_a_checkpoint_of_every_stage_can_be_sampled(folder, tmp_path, monkeypatc
 
 
 def test_a_teacher_makes_whole_clips(teacher):
-    """All frames at once, guided, in 32 steps of the ODE; no other length."""
+    """All frames at once, guided, in 32 steps; no other length."""
     calls = []
     teacher.model.register_forward_pre_hook(lambda model, inputs: calls.append(inputs[0].shape[1]))
     assert sample_videos(teacher, PROMPTS).shape == (2, 12, 1, 24, 24)
@@ -190,8 +192,8 @@ def test_a_teacher_makes_whole_clips(teacher):
     assert sample_videos(teacher, PROMPTS, num_frames=12).shape[1] == 12
 
 
-def test_a_teachers_clip_is_the_end_of_its_ode(teacher):
-    """The clip equals a plain Euler integration with guidance, written out here."""
+def test_a_teachers_clip_without_fresh_noise_is_the_end_of_its_ode(teacher):
+    """The clip equals a plain Euler integration with guidance, written out here; half fresh noise is the default."""
     prompts = PROMPTS[:1]
     (key,) = generate.sample_keys(prompts, 4)
     noise = generate.generator(*key, "noise")
@@ -203,7 +205,9 @@ def test_a_teachers_clip_is_the_end_of_its_ode(teacher):
             flow, free = teacher.model(x, t, cond), teacher.model(x, t, uncond)
             x = x + (t_next - t) * (free + teacher.sampling.guidance_scale * (flow - free))
     assert teacher.sampling.guidance_scale == 2
-    assert torch.allclose(sample_videos(teacher, prompts, seed=4), x, atol=1e-4)
+    assert torch.allclose(sample_videos(teacher, prompts, seed=4, fresh_noise=0.0), x, atol=1e-4)
+    assert teacher.sampling.fresh_noise == 0.5
+    assert not torch.allclose(sample_videos(teacher, prompts, seed=4), x, atol=1e-2)
 
 
 def test_a_longer_video_begins_with_the_shorter_one(student):
@@ -219,6 +223,7 @@ MISTAKES = {
     "--num_frames 2": r"2 frames are not .*; use 3 frames.",
     "--num_frames 0": "--num_frames must be at least 1, got 0.",
     "--num_frames -3": "--num_frames must be at least 1, got -3.",
+    "--fresh_noise 1.5": r"fresh_noise must lie between 0 \(an ODE\) and 1 \(all noise new\), got 1.5.",
     "--num_samples 0": "--num_samples must be at least 1.",
     "--denoising_steps 250 1000": "denoising_steps must fall strictly from 1000.*",
     "--checkpoint nowhere.pt": "There is no checkpoint nowhere.pt.*",

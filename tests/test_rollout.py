@@ -12,7 +12,17 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from dynamic_video_sf import CachePair, Guided, RolloutConfig, euler, generate, predict_x0, rollout
+from dynamic_video_sf import (
+    CachePair,
+    Guided,
+    RolloutConfig,
+    euler,
+    generate,
+    predict_x0,
+    renoise,
+    rollout,
+    stochastic,
+)
 from flow_match import FlowMatchScheduler
 from kv_cache import KVCache, block_borders, block_sizes
 from randomness import generators, randn
@@ -180,6 +190,21 @@ def test_euler_follows_the_ode(model):
     for draws in (rng(), rng("other")):
         video = generate(model, SCHEDULER, noise, prompt(), config, rng=draws, sampler=euler)
         torch.testing.assert_close(video, x, atol=1e-5, rtol=1e-5)
+
+
+def test_stochastic_lies_between_euler_and_renoise():
+    """0 is `euler`, 1 is `renoise`; between them the noise keeps its variance, of which fresh_noise^2 is new."""
+    x0, kept, noise = torch.randn(3, 4, 8, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    for t, t_next in ((0.9, 0.5), (torch.tensor([1.0, 0.9, 0.8, 0.7]), torch.tensor([0.1, 0.2, 0.3, 0.4]))):
+        step = (SCHEDULER, x0, SCHEDULER.add_noise(x0, kept, t), t, t_next, noise)
+        torch.testing.assert_close(stochastic(1.0)(*step), renoise(*step), atol=0, rtol=0)
+        if isinstance(t, float):
+            torch.testing.assert_close(stochastic(0.0)(*step), euler(*step), atol=1e-6, rtol=1e-5)
+        mixed = SCHEDULER.add_noise(x0, 0.8 * kept + 0.6 * noise, t_next)
+        torch.testing.assert_close(stochastic(0.6)(*step), mixed, atol=1e-5, rtol=1e-5)
+    for refused in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="fresh_noise must lie between 0"):
+            stochastic(refused)
 
 
 def test_predict_x0(model):

@@ -1,0 +1,335 @@
+"""The rest of the family: pasts made of data, CausVid's single call, the GAN and its judge; one train.py for all."""
+
+import re
+
+import pytest
+import torch
+from test_rollout import BATCH, FRAME, SCHEDULER, TIMES, prompt, shaped, start, tiny_model
+from tiny_runs import assert_same, final_state, make_weights, options
+
+import train
+from discriminator import Discriminator
+from dynamic_video_sf import (
+    DataPast,
+    RolloutConfig,
+    SelfForcingConfig,
+    data_past_rollout,
+    gan_step,
+    one_call_video,
+    predict_x0,
+    rollout,
+    score_times,
+    slope_penalty,
+)
+from flow_match import FlowMatchScheduler
+from kv_cache import KVCache, block_sizes
+from randomness import generator, generators, randn
+
+OBJECTIVES = ("sf_dmd", "sf_sid", "sf_gan", "tf_dmd", "df_dmd", "causvid")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def clip(num_frames, name="data"):
+    """Data [B, F, C, H, W] that no model made."""
+    return randn((BATCH, num_frames, *FRAME), generators(0, name, samples=range(BATCH))).tanh()
+
+
+def settings(num_frames, config, **more):
+    lengths = dict.fromkeys(("gradient_frames", "min_num_frames", "max_num_frames"), num_frames)
+    return SelfForcingConfig(config, **(lengths | more))
+
+
+def streams(name="rng"):
+    return {"rng": generators(0, name, samples=range(BATCH)), "shared_rng": generator(0, name)}
+
+
+# ------------------------------------------------------------------------------------------------- pasts made of data
+
+
+@pytest.mark.parametrize("shape", ["even", "uneven", "window", "sink and window"])
+def test_a_past_of_data_is_teacher_forcing(model, shape):
+    """One step on the data's past equals the masked teacher-forcing call on noise, whatever the student made before."""
+    num_frames, config = shaped(shape, denoising_steps=(1000,))
+    noise, data = start(num_frames), clip(num_frames)
+    with torch.no_grad():
+        video, _ = data_past_rollout(
+            model, SCHEDULER, noise, prompt(), settings(num_frames, config), data=data, **streams()
+        )
+        flow = model(
+            noise, 1.0, prompt(), frames_per_block=config.frames_per_block, clean=data,
+            sink_frames=config.sink_frames, window_frames=config.window_frames,
+        )  # fmt: skip
+    torch.testing.assert_close(video, noise - flow, atol=1e-5, rtol=1e-5)
+
+
+def test_only_the_block_at_hand_is_the_students(model):
+    """The cache after a rollout holds the data block by block; the student's own rollout holds something else."""
+    num_frames, config = shaped("even")
+    data, caches = clip(num_frames), {}
+    for name, network in {"data": DataPast(model, SCHEDULER, data), "own": model}.items():
+        blocks = rollout(network, SCHEDULER, start(num_frames), prompt(), config, rng=streams()["rng"])
+        with torch.no_grad():
+            while True:
+                try:
+                    next(blocks)
+                except StopIteration as end:
+                    caches[name] = end.value
+                    break
+    expected = KVCache()
+    with torch.no_grad():
+        for block in data.split(block_sizes(num_frames, config.frames_per_block), dim=1):
+            expected = model.remember(block, 0.0, prompt(), expected)
+    for got, other, want in zip(caches["data"].layers, caches["own"].layers, expected.layers, strict=True):
+        torch.testing.assert_close(got, want)
+        assert (other[0] - want[0]).abs().max() > 0.1
+
+
+def test_a_noisy_past_has_a_level_of_its_own_for_every_block(model):
+    """noisy=True: remembered is the data at a warped uniform time per sample and block, told to the model."""
+    data, seen = clip(6), []
+
+    class Spy:
+        def remember(self, x, t, cond, cache):
+            seen.append((x, t))
+            return cache.extend([], x.shape[1])
+
+    past, cache = DataPast(Spy(), SCHEDULER, data, noisy=True, rng=streams()["rng"]), KVCache()
+    for block in data.split(2, dim=1):
+        cache = past.remember(torch.zeros_like(block), 0.0, prompt(), cache)
+    times = torch.stack([t for _, t in seen])
+    assert times.shape == (3, BATCH) and len(times.unique()) == 3 * BATCH and times.min() > 0 and times.max() < 1
+    for (x, t), block in zip(seen, data.split(2, dim=1), strict=True):
+        noise = (x - (1 - t.reshape(-1, 1, 1, 1, 1)) * block) / t.reshape(-1, 1, 1, 1, 1)
+        assert 0.5 < noise.std() < 1.5
+
+    u = SCHEDULER.warp(torch.rand(4000, generator=torch.Generator().manual_seed(1)))
+    many = DataPast(Spy(), SCHEDULER, data[:1, :2].expand(4000, -1, -1, -1, -1), True, torch.Generator().manual_seed(0))
+    many.remember(many.data, 0.0, prompt(), KVCache())
+    torch.testing.assert_close(seen[-1][1].quantile(torch.tensor([0.2, 0.5, 0.8])), u.quantile(
+        torch.tensor([0.2, 0.5, 0.8])), atol=0.03, rtol=0)  # fmt: skip
+
+
+def test_data_must_reach_as_far_as_the_rollout(model):
+    with pytest.raises(ValueError, match="The data end before frame 6: set max_num_frames to less."):
+        config = settings(9, RolloutConfig(frames_per_block=3))
+        data_past_rollout(model, SCHEDULER, start(9), prompt(), config, data=clip(4), **streams())
+
+
+# --------------------------------------------------------------------------------------------------------- one call
+
+
+def test_one_call_of_an_oracle_is_the_data():
+    """A model that knows the data returns it from every level: noising and cleaning use one convention of time."""
+    data, heard = clip(6), {}
+
+    def oracle(x_t, t, cond, **options):
+        heard.update(options, t=t)
+        return SCHEDULER.to_flow(data, x_t, t)
+
+    config = settings(6, RolloutConfig(frames_per_block=2, sink_frames=1, window_frames=2))
+    video, exit_step = one_call_video(oracle, SCHEDULER, start(6), prompt(), config, data=data, **streams())
+    torch.testing.assert_close(video, data, atol=1e-5, rtol=1e-5)
+    assert exit_step is None
+    assert (heard["frames_per_block"], heard["sink_frames"], heard["window_frames"]) == (2, 1, 2)
+    t = heard["t"]
+    assert t.shape == (BATCH, 6) and torch.equal(t[:, ::2], t[:, 1::2]) and len(t.unique()) > 1
+    assert {round(x, 4) for x in t.flatten().tolist()} <= {round(x, 4) for x in TIMES}
+
+
+def test_one_call_sees_the_others_as_noisy_as_they_are(model):
+    """The clip is the block-causal call on the noised data; each of the levels is drawn."""
+    config, data, drawn = settings(6, RolloutConfig(frames_per_block=3)), clip(6), set()
+    for k in range(12):
+        seen = []
+        hook = model.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given))
+        given = streams(f"draw {k}")
+        video, _ = one_call_video(model, SCHEDULER, start(6), prompt(), config, data=data, **given)
+        hook.remove()
+        x_t, t, _ = seen[0]
+        torch.testing.assert_close(x_t, SCHEDULER.add_noise(data, start(6), t))
+        causal = lambda *a: model(*a, frames_per_block=3)  # noqa: E731
+        torch.testing.assert_close(video, predict_x0(causal, SCHEDULER, x_t, t, prompt()))
+        assert video.requires_grad
+        drawn |= {round(x, 3) for x in t.flatten().tolist()}
+    assert drawn == {round(x, 3) for x in TIMES}
+
+
+def test_score_times_need_an_exit(model):
+    config = settings(6, RolloutConfig(), ts_schedule=True)
+    video, exit_step = one_call_video(model, SCHEDULER, start(6), prompt(), config, data=clip(6), **streams())
+    with pytest.raises(ValueError, match="this objective has none"):
+        score_times(SCHEDULER, config, exit_step, len(video), None)
+
+
+# -------------------------------------------------------------------------------------------------------------- GAN
+
+
+def test_a_score_is_no_discriminator(model):
+    """The critic of another objective would pass for one, as its flow can be averaged too."""
+    with pytest.raises(ValueError, match="a logit per clip, not .*discriminator.py"):
+        next(gan_step(
+            *(model, None, model, SCHEDULER, start(6), prompt(), prompt(), settings(6, RolloutConfig())),
+            data=clip(6), **streams(),
+        ))  # fmt: skip
+
+
+def test_slope_penalty_is_the_squared_gradient_of_a_straight_judge():
+    """For D(x) = w x, the mean over noise is |w|^2 whatever sigma."""
+    weight = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(20000, 8)
+    for sigma in (0.01, 1.0):
+        penalty = slope_penalty(lambda x: x @ weight, x, x @ weight, sigma, torch.Generator().manual_seed(1))
+        torch.testing.assert_close(penalty, weight.square().sum(), rtol=0.05, atol=0)
+
+
+class Point(torch.nn.Module):
+    """A student whose frame is one learned number, whatever it starts from."""
+
+    def __init__(self):
+        super().__init__()
+        self.at = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_t, t, cond, cache):
+        return SCHEDULER.to_flow(self.at.expand_as(x_t), x_t, t)
+
+    def remember(self, x, t, cond, cache):
+        return cache.extend([], x.shape[1])
+
+
+class Judge(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1))
+
+    def forward(self, x_t, t, cond):
+        return self.net(torch.stack([x_t.flatten(), t], dim=1))[:, 0]
+
+
+@pytest.mark.parametrize("relativistic", [True, False])
+@pytest.mark.parametrize("fresh_rollouts", [True, False])
+def test_the_gan_brings_a_student_to_the_data(relativistic, fresh_rollouts):
+    """Data at 2, student from 0: it arrives (to 0.3) and stays; each loss trains its own network."""
+    torch.manual_seed(0)
+    rng, schedule = generator(0, "gan"), FlowMatchScheduler(1.0)
+    config = settings(1, RolloutConfig((1000,), 1), critic_steps=2, fresh_rollouts=fresh_rollouts)
+    networks = {"generator": Point(), "critic": Judge()}
+    optimizers = {name: torch.optim.Adam(n.parameters(), 0.02, betas=(0.0, 0.9)) for name, n in networks.items()}
+    data, places = torch.full((64, 1, 1, 1, 1), 2.0), []
+    for _ in range(300):
+        noise = randn(data.shape, rng)
+        step = gan_step(
+            *(networks["generator"], None, networks["critic"], schedule, noise, {}, {}, config),
+            data=data, relativistic=relativistic, rng=rng, shared_rng=rng,
+        )  # fmt: skip
+        for name, loss in step:
+            optimizers[name].zero_grad()
+            loss.backward()
+            assert name == "generator" or networks["generator"].at.grad is None or not loss.isnan()
+            optimizers[name].step()
+        places.append(networks["generator"].at.item())
+    assert abs(sum(places[-50:]) / 50 - 2) < 0.3
+
+
+def test_a_discriminator_reads_the_layers_it_is_told_to(model):
+    """Its logits depend on the features of the chosen layers, and on nothing behind them."""
+    torch.manual_seed(0)
+    judge, x, t = Discriminator(model, layers=(0,)), clip(4), torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        before = judge(x, t, prompt())
+        assert before.shape == (BATCH,) and before.std() > 1e-3
+        saved = {name: p.clone() for name, p in model.state_dict().items()}
+        for parameter in (*model.blocks[1].parameters(), *model.head.parameters()):
+            parameter.mul_(2)
+        assert torch.equal(judge(x, t, prompt()), before)
+        for parameter in model.blocks[0].parameters():
+            parameter.mul_(2)
+        assert not torch.allclose(judge(x, t, prompt()), before)
+        model.load_state_dict(saved)
+    assert not judge.hidden  # nothing of a clip outlives its call
+    with pytest.raises(ValueError, match="layers must lie between 0 and 1, got"):
+        Discriminator(model, layers=(2,))
+
+
+def test_a_discriminator_scales_the_references_layers():
+    class Deep:
+        def __init__(self, depth):
+            from tiny_causal_wan import WanConfig
+
+            self.config = WanConfig(dim=24, ffn_dim=48, num_layers=depth)
+            self.blocks = [torch.nn.Identity() for _ in range(depth)]
+
+    def layers(depth):
+        backbone = torch.nn.Module()
+        backbone.config, backbone.blocks = Deep(depth).config, Deep(depth).blocks
+        return Discriminator(backbone).layers
+
+    assert layers(30) == (13, 21, 29)  # 1.3B, as the reference
+    assert layers(6) == (1, 3, 5)
+    assert layers(1) == (0,)
+
+
+# --------------------------------------------------------------------------------------------------------- train.py
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return make_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_and_resumes(objective, weights, tmp_path, monkeypatch):
+    """Through the one train.py: both networks move, and a run that was stopped ends as one that was not."""
+    monkeypatch.setattr(train, "film_strip", lambda *_, **__: None)
+    more = [
+        f"objective={objective}",
+        "training.max_num_frames=12",
+        "training.num_steps=3",
+        "training.checkpoint_every=1",
+    ]
+    train.main(options("self_forcing", tmp_path / "whole", weights, *more))
+    loop = train.training_loop
+
+    def stopping(run):
+        for values in loop(run):
+            yield values
+            if run.step == 2:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_loop", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(options("self_forcing", tmp_path / "broken", weights, *more))
+    train.main(options("self_forcing", tmp_path / "broken", weights, *more))
+    whole, broken = final_state(tmp_path / "whole"), final_state(tmp_path / "broken")
+    assert_same(whole, broken)
+
+    run = train.build(train.load_config(options("self_forcing", "unused", weights, *more)))
+    for name in ("generator", "critic"):
+        before = run.networks[name].state_dict()
+        moved = [key for key, x in whole[f"{name}_state_dict"].items() if not torch.equal(x, before[key])]
+        parts = ("readers", "head", "backbone.blocks") if "readers.0.register" in before else ("blocks", "head")
+        assert all(any(key.startswith(part) for key in moved) for part in parts)
+    assert (run.teacher is None) == (objective == "sf_gan")
+
+
+MISTAKES = {
+    "objective=nothing": r"There is no objective/nothing; known are .*sf_dmd.*",
+    "objective.los=dynamic_video_sf.sid_loss": r"There is no option objective.los; did you mean objective.loss\?",
+    "objective.loss=dynamic_video_sf.no_loss": r".*dynamic_video_sf.no_loss.*",
+    "objective.step=dynamic_video_sf.dmd_loss": r"dynamic_video_sf.dmd_loss does not go with these options .*",
+    "objective=tf_dmd training.max_num_frames=24": r"This objective starts from data of 12 frames: set .* to no more.",
+    "stage=init objective=sf_sid": r"objective= says how stage=self_forcing learns; stage=init has none.",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence(mistake, weights, tmp_path):
+    stage = "init" if "stage=init" in mistake else "self_forcing"
+    more = [part for part in mistake.split() if not part.startswith("stage")]
+    with pytest.raises(ValueError) as error:
+        train.main([*options(stage, tmp_path / "run", weights), *more])
+    assert re.fullmatch(MISTAKES[mistake], str(error.value)), str(error.value)
