@@ -24,9 +24,9 @@ stop.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from numbers import Integral
 
 import torch
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from flow_match import FlowMatchScheduler, Time, check_denoising_steps
 from kv_cache import FramesPerBlock, KVCache, block_borders, block_sizes
+from parametrisation import loss_weight
 from randomness import Rng, rand, randint, randn_like
 
 # ------------------------------------------------------------------------------------------------- 1. the rollout
@@ -46,7 +47,7 @@ class RolloutConfig:
 
     denoising_steps: 0..1000, falling from 1000; a trailing 0 is dropped. frames_per_block: n, or a tuple whose last
     entry repeats. context_noise: 0..1000 (not warped), the noise level at which finished blocks are remembered.
-    sink_frames and window_frames: see KVCache.
+    sink_frames, window_frames and sink_follows: see KVCache.
     """
 
     denoising_steps: tuple[float, ...] = (1000, 750, 500, 250)
@@ -54,6 +55,7 @@ class RolloutConfig:
     context_noise: float = 0
     sink_frames: int = 0
     window_frames: int | None = None
+    sink_follows: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "denoising_steps", check_denoising_steps(self.denoising_steps))
@@ -107,7 +109,7 @@ def rollout(
     exit_step that no denoising step has.
     """
     if cache is None:
-        cache = KVCache(config.sink_frames, config.window_frames)
+        cache = KVCache(config.sink_frames, config.window_frames, config.sink_follows)
     times = scheduler.denoising_times(config.denoising_steps)
     sizes = block_sizes(noise.shape[1], config.frames_per_block, first_frame=cache.next_frame)
     for x_t, last in zip(noise.split(sizes, dim=1), exits(exit_step, len(sizes), len(times)), strict=True):
@@ -139,6 +141,40 @@ def exits(exit_step: int | Sequence[int] | None, num_blocks: int, num_steps: int
 def generate(generator, scheduler, noise, cond, config, **options) -> Tensor:
     """The whole video [B, F, C, H, W] of an inference rollout; options as in `rollout`."""
     return torch.cat(list(rollout(generator, scheduler, noise, cond, config, **options)), dim=1)
+
+
+@torch.no_grad()
+def prefill(generator, scheduler, video, cond, config: RolloutConfig, *, cache=None, rng: Rng = None):
+    """The cache of a generator that was given a video [B, F, C, H, W] instead of making it, block by block.
+
+    `rollout(..., cache=prefill(...))` continues it: one frame, with frames_per_block=(1, n), is image-to-video. Raises
+    ValueError for an F that cuts a block.
+    """
+    if cache is None:
+        cache = KVCache(config.sink_frames, config.window_frames, config.sink_follows)
+    t = config.context_noise / 1000
+    sizes = block_sizes(video.shape[1], config.frames_per_block, first_frame=cache.next_frame)
+    for block in video.split(sizes, dim=1):
+        cache = generator.remember(scheduler.add_noise(block, randn_like(block, rng), t), t, cond, cache)
+    return cache
+
+
+@torch.no_grad()
+def recache(generator, scheduler, past, cond, config: RolloutConfig, cache, *, rng: Rng = None):
+    """The same past seen anew, under another prompt: what a rollout needs whose prompt changes in mid-video (LongLive,
+    arXiv 2509.22622); the old cache would go on telling the old prompt.
+
+    past [B, F, C, H, W]: the frames that the cache holds, `cache.frames`, in their order.
+    """
+    if past.shape[1] != len(cache.frames):
+        raise ValueError(f"past must be the {len(cache.frames)} frames {list(cache.frames)}, got {past.shape[1]}.")
+    frames, borders = cache.frames, {*block_borders(cache.next_frame, config.frames_per_block)}
+    starts = [i for i, frame in enumerate(frames) if frame in borders or frame - 1 not in frames]
+    fresh, t = replace(cache, frames=(), layers=()), config.context_noise / 1000
+    for begin, end in pairwise([*starts, len(frames)]):
+        block = scheduler.add_noise(past[:, begin:end], randn_like(past[:, begin:end], rng), t)
+        fresh = generator.remember(block, t, cond, replace(fresh, next_frame=frames[begin]))
+    return replace(fresh, next_frame=cache.next_frame)
 
 
 @dataclass(frozen=True)
@@ -219,17 +255,21 @@ def dmd_loss(
     return 0.5 * _mean((video.float() - target).square(), mask)
 
 
-def flow_matching_loss(model, scheduler, x0, cond, *, rng: Rng = None, t=None, noise=None, observe=None) -> Tensor:
+def flow_matching_loss(
+    model, scheduler, x0, cond, *, rng: Rng = None, t=None, noise=None, parametrisation="flow", observe=None
+) -> Tensor:
     """Mean squared error of the predicted flow on x0 [B, F, C, H, W]: what makes a network a diffusion model of x0.
 
     On data it trains the teacher; on the student's videos it trains the critic; on data with a block-causal `model`
-    it is diffusion or teacher forcing. t: [B] or [B, F], by default uniform and warped. observe(t=, error=[B]).
+    it is diffusion or teacher forcing. t: [B] or [B, F], by default uniform and warped. parametrisation: what the error
+    is measured in, see parametrisation.py. observe(t=, error=[B]).
     """
     if t is None:
         t = scheduler.warp(rand((x0.shape[0], 1), rng, device=x0.device)[:, 0])
     noise = randn_like(x0, rng) if noise is None else noise
     flow = model(scheduler.add_noise(x0, noise, t), t, cond)
-    error = (flow.float() - (noise - x0).float()).square().flatten(1).mean(1)  # [b]
+    error = (flow.float() - (noise - x0).float()).square().flatten(2).mean(2)  # [b f]
+    error = (loss_weight(parametrisation, t.reshape(len(error), -1)) * error).mean(1)
     if observe:
         observe(t=t, error=error.detach())
     return error.mean()
@@ -400,24 +440,30 @@ def self_forcing_step(
 
 
 def causal_forcing_loss(
-    model, scheduler, x0, cond, config: RolloutConfig, *, teacher_forcing=True, rng: Rng = None, t=None, noise=None
+    model, scheduler, x0, cond, config: RolloutConfig, *, teacher_forcing=True, rng: Rng = None, t=None, **options
 ) -> Tensor:
     """Flow matching of a block-causal model on data, every block at its own noise level.
 
     Teacher forcing: a block sees its past clean. Diffusion forcing (Chen et al. 2024): it sees
-    each past block at that block's own noise level.
+    each past block at that block's own noise level. options: as in flow_matching_loss.
     """
     sizes = torch.tensor(block_sizes(x0.shape[1], config.frames_per_block))
     if t is None:
         t = scheduler.warp(rand((x0.shape[0], len(sizes)), rng)).repeat_interleave(sizes, dim=1).to(x0.device)
-    causal = partial(
+    causal = block_causal(model, config, clean=x0 if teacher_forcing else None)
+    return flow_matching_loss(causal, scheduler, x0, cond, t=t, rng=rng, **options)
+
+
+def block_causal(model, config: RolloutConfig, clean: Tensor | None = None):
+    """The model on a whole clip at once, every block seeing of the others what it would see in a rollout: as noisy as
+    they are or, with clean [B, F, C, H, W], clean."""
+    return partial(
         model,
         frames_per_block=config.frames_per_block,
-        clean=x0 if teacher_forcing else None,
+        clean=clean,
         sink_frames=config.sink_frames,
         window_frames=config.window_frames,
     )
-    return flow_matching_loss(causal, scheduler, x0, cond, t=t, noise=noise, rng=rng)
 
 
 class DataPast:
@@ -458,23 +504,39 @@ def one_call_video(generator, scheduler, noise, cond, config: SelfForcingConfig,
     times = torch.tensor(scheduler.denoising_times(config.rollout.denoising_steps))
     index = randint(len(times), (data.shape[0], len(sizes)), rng).repeat_interleave(sizes, dim=1)  # [b f]
     t = times[index].to(data.device)
-    causal = partial(
-        generator,
-        frames_per_block=config.rollout.frames_per_block,
-        sink_frames=config.rollout.sink_frames,
-        window_frames=config.rollout.window_frames,
-    )
+    causal = block_causal(generator, config.rollout)
     return predict_x0(causal, scheduler, scheduler.add_noise(data, noise, t), t, cond), None
 
 
+@torch.no_grad()
+def ode_trajectory(generator, scheduler, noise, cond, config: RolloutConfig, keep: Sequence[float]) -> Tensor:
+    """A teacher's ODE from noise to video, as its states [B, K + 1, F, C, H, W] at the denoising steps `keep` and at
+    the end: a many-step rollout that is watched.
+
+    One block of all frames for a bidirectional teacher, the usual blocks for a causal one. Raises ValueError for a kept
+    step that is none of config.denoising_steps.
+    """
+    if missing := [step for step in keep if step not in config.denoising_steps]:
+        raise ValueError(f"The ODE takes no step at {missing}: choose a number of steps on whose grid they lie.")
+    kept = {config.denoising_steps.index(step): [] for step in keep}
+
+    def watch(frame, step, t, x_t, x0):
+        if step in kept:
+            kept[step].append(x_t)
+
+    video = generate(generator, scheduler, noise, cond, config, sampler=euler, observe=watch)
+    return torch.stack([*(torch.cat(blocks, dim=1) for blocks in kept.values()), video], dim=1)
+
+
 def ode_regression_loss(
-    model, scheduler, trajectory, times, cond, config: RolloutConfig, *, rng: Rng = None, index=None
-) -> Tensor:
+    model, scheduler, trajectory, times, cond, config: RolloutConfig, *, teacher_forcing=False, rng: Rng = None,
+    index=None,
+) -> Tensor:  # fmt: skip
     """Teach a few-step student the end of a teacher's ODE from any point on it (CausVid, arXiv 2412.07772, sec. 4.3).
 
     trajectory [B, K, F, C, H, W]: states at `times` (K numbers, falling from 1), the last one clean at time 0. Every
     block of every sample starts at a random state, or at index [B, num_blocks]; blocks that start clean are not
-    counted.
+    counted. With teacher_forcing a block sees the clean ends of those before it, as the blocks of a causal teacher did.
     """
     batch, num_states, num_frames = trajectory.shape[:3]
     sizes = torch.tensor(block_sizes(num_frames, config.frames_per_block))
@@ -483,14 +545,34 @@ def ode_regression_loss(
     index = index.repeat_interleave(sizes.to(index.device), dim=1).to(trajectory.device)  # [b f]
     t = torch.as_tensor(times, dtype=torch.float32, device=trajectory.device)[index]
     x_t = trajectory.take_along_dim(index[:, None, :, None, None, None], dim=1)[:, 0]
-    causal = partial(
-        model,
-        frames_per_block=config.frames_per_block,
-        sink_frames=config.sink_frames,
-        window_frames=config.window_frames,
-    )
+    causal = block_causal(model, config, clean=trajectory[:, -1] if teacher_forcing else None)
     x0 = predict_x0(causal, scheduler, x_t, t, cond)
     return _mean((x0.float() - trajectory[:, -1].float()).square(), t > 0)
+
+
+def consistency_loss(
+    model, target, teacher, scheduler, x0, cond, uncond, guidance_scale, config: RolloutConfig, *,
+    num_steps: int = 48, rng: Rng = None, index=None,
+) -> Tensor:  # fmt: skip
+    """Few steps without stored trajectories (consistency distillation, arXiv 2303.01469, Alg. 2), block-causal.
+
+    Every block of the data x0 [B, F, C, H, W] is noised to a time of a grid of num_steps. The causal teacher, guided,
+    takes one Euler step to the next time; from there `target`, an average of the model, says where the block ends, and
+    the model must say so from where it was. The past is clean. index: [B, num_blocks], by default random.
+    """
+    sizes = torch.tensor(block_sizes(x0.shape[1], config.frames_per_block))
+    if index is None:
+        index = randint(num_steps, (x0.shape[0], len(sizes)), rng)
+    index = index.repeat_interleave(sizes.to(index.device), dim=1)  # [b f]
+    grid = scheduler.warp(1 - torch.arange(num_steps + 1) / num_steps)
+    t, t_next = (grid[i].to(x0.device) for i in (index, index + 1))
+    x_t = scheduler.add_noise(x0, randn_like(x0, rng), t)
+    with torch.no_grad():
+        guided = Guided(block_causal(teacher, config, clean=x0), uncond, guidance_scale)
+        x_next = x_t + (t_next - t)[:, :, None, None, None] * guided(x_t, t, cond)
+        end = predict_x0(block_causal(target, config, clean=x0), scheduler, x_next, t_next, cond)
+    guess = predict_x0(block_causal(model, config, clean=x0), scheduler, x_t, t, cond)
+    return (guess.float() - end.float()).square().mean()
 
 
 def sid_loss(

@@ -26,11 +26,13 @@ class KVCache:
     """Keys and values of past frames, per layer, keys already rotated to their absolute position.
 
     Keeps the first `sink_frames` and, besides them, the `window_frames` most recent frames (None: all of them). The
-    block being made is extra: it is never in the cache while it attends to it.
+    block being made is extra: it is never in the cache while it attends to it. With sink_follows, the model sees the
+    sink as if it stood right before the window: no two frames are ever further apart than in a short video.
     """
 
     sink_frames: int = 0
     window_frames: int | None = None
+    sink_follows: bool = False
     next_frame: int = 0
     frames: tuple[int, ...] = ()
     layers: tuple[KeysValues, ...] = ()
@@ -38,6 +40,13 @@ class KVCache:
     def __post_init__(self):
         if self.sink_frames < 0 or (self.window_frames is not None and self.window_frames < 0):
             raise ValueError("sink_frames and window_frames count frames: 0 or more (window_frames=None keeps all).")
+
+    @property
+    def gap(self) -> int:
+        """How many frames the sink has to move up to follow the window."""
+        if not self.sink_follows or not self.sink_frames or len(self.frames) <= self.sink_frames:
+            return 0
+        return self.frames[self.sink_frames] - self.sink_frames
 
     def extend(self, layers: Sequence[KeysValues], num_frames: int) -> "KVCache":
         """A new cache with `num_frames` more frames, detached, and without what fell out of the window.

@@ -14,9 +14,10 @@ import torch
 from omegaconf import OmegaConf
 
 from checkpoint import atomic, locate
+from tiny_causal_wan import PatchEmbedding
 
 COLUMNS = [
-    *("step", "seconds", "generator_loss", "generator_grad_norm", "critic_loss", "critic_grad_norm"),
+    *("step", "seconds", "evaluations", "generator_loss", "generator_grad_norm", "critic_loss", "critic_grad_norm"),
     *("score_distance", "normaliser", "real_logit", "fake_logit", "sample_ink", "sample_speed"),
     *(f"{name}_flow_error_t{level}" for name in ("generator", "critic") for level in ("0.00", "0.25", "0.50", "0.75")),
 ]
@@ -71,6 +72,34 @@ def is_current(checkpoint: Path, training) -> bool:
     """Whether a checkpoint exists and is newer than the weights that its run started from."""
     sources = [locate(path) for path in (training.pretrained_checkpoint, training.teacher_checkpoint) if path]
     return checkpoint.exists() and all(x.stat().st_mtime <= checkpoint.stat().st_mtime for x in sources if x.exists())
+
+
+class Evaluations:
+    """Counts what networks compute, in frames: 1 for each frame of a forward call, 2 more if it is differentiated.
+
+    A call of teacher forcing has its frames twice, clean and noisy.
+    """
+
+    def __init__(self, models):
+        self.frames = 0
+        for model in models:
+            for module in model.modules():
+                if isinstance(module, PatchEmbedding):  # runs once in every call, and is never compiled
+                    module.register_forward_hook(self._count)
+
+    def _count(self, module, inputs, tokens) -> None:
+        frames = inputs[0].shape[0] * inputs[0].shape[1]
+        self.frames += frames
+        if tokens.requires_grad:
+            tokens.register_hook(lambda gradient: self._add(2 * frames))
+
+    def _add(self, frames: int) -> None:
+        self.frames += frames
+
+    def take(self) -> int:
+        """What was counted since the last time."""
+        frames, self.frames = self.frames, 0
+        return frames
 
 
 class open_log:

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 from dynamic_video_sf import RolloutConfig, SelfForcingConfig
 from moving_mnist import WorldConfig
+from parametrisation import KINDS
 from tiny_causal_wan import WanConfig
 
 STAGES = ("teacher", "init", "self_forcing")
@@ -31,7 +32,8 @@ CHOICES = {
     "autocast": ("auto", None, "bf16"),
     "optimizer": ("adamw", "muon"),
     "critic_optimizer": ("adamw", "muon"),
-    "forcing": ("teacher", "diffusion"),
+    "parametrisation": KINDS,
+    "init": ("teacher_forcing", "diffusion_forcing", "ode_pairs", "consistency"),
 }
 COUNTS = ("num_steps", "batch_size", "micro_batch_size", "checkpoint_every", "sample_every", "short_clip_frames")
 COUNTS += ("gradient_frames", "min_num_frames")
@@ -47,11 +49,12 @@ class TrainingConfig:
     batch_size is global; micro_batch_size (None: all at once) is what is held in memory, gradients accumulate. lr is
     that of Muon's matrices, other parameters get a tenth of it; with AdamW it is everybody's. The lr rises over
     warmup_steps and falls to zero over the last decay_fraction of the run. The first short_clip_steps steps, and
-    short_clip_share of those after them, see only the first short_clip_frames of each clip. The rollout settings are
-    those of SelfForcingConfig and RolloutConfig (denoising_steps in 0..1000), with defaults for the small world: every
-    block takes all its steps and keeps the gradient of the last, and three critic updates share the rollout of the
-    generator. autocast "auto" is bf16 where the device computes in it, null elsewhere. compile has torch.compile work
-    on the networks that see whole clips, which pays in runs of many minutes; it needs a C++ compiler.
+    short_clip_share of those after them, see only the first short_clip_frames of each clip. parametrisation says in
+    what the error on data is measured. The rollout settings are those of SelfForcingConfig and RolloutConfig
+    (denoising_steps in 0..1000), with defaults for the small world: every block takes all its steps and keeps the
+    gradient of the last, and three critic updates share the rollout of the generator. autocast "auto" is bf16 where
+    the device computes in it, null elsewhere. compile has torch.compile work on the networks that see whole clips,
+    which pays in runs of many minutes; it needs a C++ compiler.
     """
 
     stage: str = "self_forcing"
@@ -78,17 +81,19 @@ class TrainingConfig:
 
     pretrained_checkpoint: str | None = None
     teacher_checkpoint: str | None = None
+    parametrisation: str = "flow"
     prompt_dropout: float = 0.1
     short_clip_steps: int = 0
     short_clip_frames: int = 3
     short_clip_share: float = 0.0
-    forcing: str = "teacher"
+    init: str = "teacher_forcing"
 
     denoising_steps: tuple[float, ...] = (1000, 750, 500, 250)
     num_frames_per_block: int | tuple[int, ...] = 3
     context_noise: float = 0
     sink_frames: int = 0
     window_frames: int | None = 6
+    sink_follows: bool = False
     guidance_scale: float = 2.0
     fake_guidance_scale: float | None = None
     critic_steps: int = 3
@@ -127,9 +132,8 @@ class TrainingConfig:
 
     @property
     def rollout(self) -> RolloutConfig:
-        return RolloutConfig(
-            self.denoising_steps, self.num_frames_per_block, self.context_noise, self.sink_frames, self.window_frames
-        )
+        own = {f.name: getattr(self, f.name) for f in fields(RolloutConfig) if f.name != "frames_per_block"}
+        return RolloutConfig(frames_per_block=self.num_frames_per_block, **own)
 
     @property
     def self_forcing(self) -> SelfForcingConfig:

@@ -14,7 +14,7 @@ Shapes: b batch, f frames, c channels, h w height and width in patches, s = h w 
 d head dim, e model width. Hidden states keep their frame axis, [b f s e], because modulation is per frame.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -452,13 +452,25 @@ class TinyCausalWanModel(nn.Module):
             rotations = torch.cat([rotations, rotations])
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [b f 6 e]
         text, image = self.embed_text(cond["prompt_embeds"]), self.embed_image(cond)
-        past = cache.layers if cache and cache.layers else [None] * len(self.blocks)
+        past = self.past(cache) if cache and cache.layers else [None] * len(self.blocks)
         new = []
         for i, layer in enumerate(self.blocks):
             attend = partial(self.attention, layer=i)
             x, keys_values = layer(x, modulation, text, image, rotations, attend, mask, past[i])
             new.append(keys_values)
         return x, new
+
+    def past(self, cache: KVCache) -> Sequence[KeysValues]:
+        """Every layer's cached keys and values, the sink's keys moved up to the window if the cache says so.
+
+        Rotary positions add up: a key turned by its own time and then by the gap stands `gap` frames later.
+        """
+        if not cache.gap:
+            return cache.layers
+        keys = cache.layers[0][0]
+        end = keys.shape[1] // len(cache.frames) * cache.sink_frames
+        later = rope_table(keys.shape[-1], cache.gap, 1, 1, 1, keys.device)
+        return [(torch.cat([rotate(k[:, :end], later), k[:, end:]], dim=1), v) for k, v in cache.layers]
 
     def embed_text(self, prompt_embeds: Tensor) -> Tensor:
         """Prompt tokens [b text_len e]. Padding is zeros before the embedding and is attended, as in Wan."""

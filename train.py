@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import EMA, Weights, fill, load_checkpoint, load_weights, locate, save_checkpoint
-from dynamic_video_sf import causal_forcing_loss, flow_matching_loss
+from dynamic_video_sf import causal_forcing_loss, consistency_loss, flow_matching_loss, ode_regression_loss
 from flow_match import FlowMatchScheduler
 from generate import SamplingConfig, sample
 from kv_cache import block_sizes
 from randomness import generator, generators, rand, randn
 from run_folder import (
+    Evaluations,
     Interrupt,
     can_resume,
     holds,
@@ -62,6 +63,7 @@ class Run:
     ema: EMA
     teacher: nn.Module | None = None
     algorithm: Callable | None = None
+    evaluations: Evaluations | None = None
     step: int = 0
     seconds: float = 0.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -104,18 +106,9 @@ def build(cfg, resuming: bool = False) -> Run:
     device = pick_device(config.device)
     start = None if resuming or not config.pretrained_checkpoint else load_weights(locate(config.pretrained_checkpoint))
     networks = {"generator": network(cfg.generator, cfg, start, device)}
-    teacher = algorithm = None
-    if config.stage == "self_forcing":
-        if not (config.pretrained_checkpoint and config.teacher_checkpoint):
-            raise ValueError("stage=self_forcing needs training.pretrained_checkpoint and training.teacher_checkpoint.")
-        weights = load_weights(locate(config.teacher_checkpoint))
-        check_teacher(weights)
-        if "teacher" in cfg.objective.needs:
-            teacher = network(cfg.real_score, cfg, weights, device).requires_grad_(False)
-        networks["critic"] = network(cfg.fake_score, cfg, weights, device)
-        if "critic" in cfg.objective:
-            networks["critic"] = function(cfg.objective.critic)(networks["critic"]).to(device)
-        algorithm = make_step(cfg.objective)
+    teacher, critic, algorithm = scores(cfg, config, device)
+    if critic:
+        networks["critic"] = critic
     if config.compile:  # not what rolls out: it would be compiled anew for every length of its cache
         whole_clip = [teacher, networks["critic"]] if algorithm else [networks["generator"]]
         for layer in (layer for model in whole_clip for layer in getattr(model, "blocks", ())):
@@ -134,18 +127,40 @@ def build(cfg, resuming: bool = False) -> Run:
         EMA(networks["generator"], config.ema_decay, config.ema_start_step),
         teacher,
         algorithm,
+        Evaluations([*networks.values(), *([teacher] if teacher else [])]),
         device=device,
     )
     check_shapes(run)
     return run
 
 
-def check_teacher(weights: Weights) -> None:
-    """A score sees whole clips: causal weights have the same shapes and would teach nonsense. Raises ValueError."""
-    stage = weights.config.get("training", {}).get("stage", "teacher")
-    if stage != "teacher":
+def scores(cfg, config: TrainingConfig, device) -> tuple[nn.Module | None, nn.Module | None, Callable | None]:
+    """The frozen teacher, the critic and the step of the algorithm, as far as the stage has them."""
+    kind = {"self_forcing": "teacher", "init": "init"}.get(config.stage)
+    if not kind or (kind == "init" and config.init != "consistency"):
+        return None, None, None
+    if not (config.pretrained_checkpoint and config.teacher_checkpoint):
         raise ValueError(
-            f"{weights.path} was made by stage={stage}; training.teacher_checkpoint needs one of stage=teacher."
+            f"stage={config.stage} needs training.pretrained_checkpoint and training.teacher_checkpoint here."
+        )
+    weights = load_weights(locate(config.teacher_checkpoint))
+    check_teacher(weights, kind)
+    teacher = network(cfg.real_score, cfg, weights, device).requires_grad_(False)
+    if kind == "init":
+        return teacher, None, None
+    critic = network(cfg.fake_score, cfg, weights, device)
+    if "critic" in cfg.objective:
+        critic = function(cfg.objective.critic)(critic).to(device)
+    return teacher if "teacher" in cfg.objective.needs else None, critic, make_step(cfg.objective)
+
+
+def check_teacher(weights: Weights, kind: str) -> None:
+    """A score sees whole clips, a consistency teacher blocks: the other's weights have the same shapes and would teach
+    nonsense. Raises ValueError."""
+    stage = weights.config.get("training", {}).get("stage", kind)
+    if stage != kind:
+        raise ValueError(
+            f"{weights.path} was made by stage={stage}; training.teacher_checkpoint needs one of stage={kind}."
         )
 
 
@@ -215,18 +230,30 @@ def make_optimizers(model: nn.Module, kind: str, lr: float, config: TrainingConf
 def teacher_losses(run: Run, samples: Sequence[int], rng, observe) -> Iterator[tuple[str, Tensor]]:
     video, cond = clips(run, samples, rng)
     model = run.networks["generator"]
-    yield "generator", flow_matching_loss(model, run.scheduler, video, cond, rng=rng, observe=observe)
+    options = {"parametrisation": run.config.parametrisation, "rng": rng, "observe": observe}
+    yield "generator", flow_matching_loss(model, run.scheduler, video, cond, **options)
 
 
 def init_losses(run: Run, samples: Sequence[int], rng, observe) -> Iterator[tuple[str, Tensor]]:
-    video, cond = clips(run, samples, rng)
-    forced = run.config.forcing == "teacher"
-    yield (
-        "generator",
-        causal_forcing_loss(
-            run.networks["generator"], run.scheduler, video, cond, run.config.rollout, teacher_forcing=forced, rng=rng
-        ),
-    )
+    model, config = run.networks["generator"], run.config
+    given = {"config": config.rollout, "rng": rng}
+    if config.init == "ode_pairs":
+        batch = run.data.batch(samples)
+        cond, states = to(run.encoder(batch["prompts"]), run.device), batch["trajectory"].to(run.device)
+        times = [*run.scheduler.denoising_times(batch["steps"]), 0.0]
+        forced = batch["causal"]
+        loss = ode_regression_loss(model, run.scheduler, states, times, cond, teacher_forcing=forced, **given)
+    elif config.init == "consistency":
+        video, cond = clips(run, samples, rng)
+        uncond = to(run.encoder.null(len(samples)), run.device)
+        guided = {"uncond": uncond, "guidance_scale": config.guidance_scale}
+        loss = consistency_loss(model, model, run.teacher, run.scheduler, video, cond, **guided, **given)
+    else:
+        video, cond = clips(run, samples, rng)
+        forced = config.init == "teacher_forcing"
+        given |= {"teacher_forcing": forced, "parametrisation": config.parametrisation}
+        loss = causal_forcing_loss(model, run.scheduler, video, cond, **given)
+    yield "generator", loss
 
 
 def self_forcing_losses(run: Run, samples: Sequence[int], rng, observe) -> Iterator[tuple[str, Tensor]]:
@@ -275,6 +302,7 @@ def training_loop(run: Run) -> Iterator[dict[str, float]]:
     micro = config.micro_batch_size or config.batch_size
     while run.step < config.num_steps:
         start, report = time.perf_counter(), Report()
+        run.evaluations.take()
         first = run.step * config.batch_size
         streams = []
         for begin in range(first, first + config.batch_size, micro):
@@ -286,7 +314,7 @@ def training_loop(run: Run) -> Iterator[dict[str, float]]:
         run.step += 1
         run.ema.update(run.step)
         run.seconds += time.perf_counter() - start
-        yield {"step": run.step, "seconds": run.seconds, **report.means()}
+        yield {"step": run.step, "seconds": run.seconds, "evaluations": run.evaluations.take(), **report.means()}
 
 
 def update(run: Run, name: str, streams: list[Iterator[tuple[str, Tensor]]], report: "Report") -> None:

@@ -94,6 +94,26 @@ def test_remembers(start, sink, window, seen):
     assert {frame for frame in range(8) if remembers(frame, start, sink, window)} == seen
 
 
+@pytest.mark.parametrize(
+    "sink, window, sizes, gaps",
+    [
+        (1, 3, (3, 3, 3), [0, 2, 5]),
+        (3, 3, (3, 3, 3, 3), [0, 0, 3, 6]),
+        (3, None, (3, 3, 3), [0, 0, 0]),  # nothing is forgotten, so nothing is far
+        (0, 2, (2, 2, 2), [0, 0, 0]),
+        (2, 0, (2, 2, 2), [0, 0, 0]),  # no window that it could follow
+    ],
+)
+def test_the_gap_is_how_far_the_sink_moves_up(sink, window, sizes, gaps):
+    """From its own place to right before the window, and only with sink_follows."""
+    for follows in (True, False):
+        cache, seen = KVCache(sink, window, follows), []
+        for size in sizes:
+            cache = filled(sizes=(size,), cache=cache)
+            seen.append(cache.gap)
+        assert seen == (gaps if follows else [0] * len(sizes))
+
+
 # ------------------------------------------------------------------------------------------------ a cache is a value
 
 

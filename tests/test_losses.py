@@ -379,7 +379,7 @@ def test_ode_regression_gathers_states_and_is_its_formula():
         for f in range(7):
             assert torch.equal(model.x_t[b, f], trajectory[b, index[b, f], f])
             assert model.t[b, f] == pytest.approx(STATES[index[b, f]])
-    assert model.options == {"frames_per_block": (1, 3), "sink_frames": 1, "window_frames": 2}
+    assert model.options == {"frames_per_block": (1, 3), "sink_frames": 1, "window_frames": 2, "clean": None}
     x0 = model.x_t - wide(model.t) * 0.3 * model.x_t
     error = (x0 - trajectory[:, -1]).square().mean(dim=(2, 3, 4))
     torch.testing.assert_close(loss, error[index < 3].mean())

@@ -316,6 +316,34 @@ def test_every_objective_trains_and_resumes(objective, weights, tmp_path, monkey
     assert (run.teacher is None) == (objective == "sf_gan")
 
 
+ROLLOUT = 2 * (4 * 4 * 3 + 3 * 3)  # two clips, four blocks of three frames in four calls; three blocks are remembered
+WHOLE = 2 * 12  # two clips in one call
+COSTS = {
+    "sf_dmd": ROLLOUT + 2 * WHOLE + 3 * WHOLE + 3 * 3 * WHOLE,  # exits back, three scores, three critic steps
+    "sf_sid": ROLLOUT + 2 * WHOLE + 3 * WHOLE + 2 * 3 * WHOLE + 3 * 3 * WHOLE,  # and back through the scores
+    "sf_gan": ROLLOUT + 2 * WHOLE + 4 * WHOLE + 3 * 4 * 3 * WHOLE,  # real, fake and back; both, and both moved
+    "tf_dmd": ROLLOUT + 2 * WHOLE + 3 * WHOLE + 3 * 3 * WHOLE,
+    "df_dmd": ROLLOUT + 2 * WHOLE + 3 * WHOLE + 3 * 3 * WHOLE,
+    "causvid": 3 * WHOLE + 3 * WHOLE + 3 * 3 * WHOLE,
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_a_step_costs(objective, weights):
+    """Network evaluations in frames, forward 1 and backward 2, teacher and critic included."""
+    overrides = options("self_forcing", "unused", weights, f"objective={objective}", "training.max_num_frames=12")
+    run = train.build(train.load_config(overrides))
+    loop = train.training_loop(run)
+    assert [next(loop)["evaluations"] for _ in range(2)] == [COSTS[objective]] * 2
+
+
+def test_what_a_step_on_data_costs(weights):
+    """The teacher 3 a frame; teacher forcing twice that, as it reads every frame clean and noisy."""
+    for stage, cost in {"teacher": 3 * WHOLE, "init": 6 * WHOLE}.items():
+        overrides = options(stage, "unused", weights, "training.short_clip_steps=0", "training.short_clip_share=0")
+        assert next(train.training_loop(train.build(train.load_config(overrides))))["evaluations"] == cost
+
+
 MISTAKES = {
     "objective=nothing": r"There is no objective/nothing; known are .*sf_dmd.*",
     "objective.los=dynamic_video_sf.sid_loss": r"There is no option objective.los; did you mean objective.loss\?",

@@ -1,6 +1,7 @@
 """The model is Wan's, and its cached, block-causal and teacher-forcing ways are one function."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -428,6 +429,55 @@ def test_one_block_is_bidirectional():
     assert_close(model(x_t, t, cond, frames_per_block=6, clean=clip(seed=1)), plain)
     assert_close(model(x_t, t, cond, KVCache()), plain)
     assert (model(x_t, t, cond, frames_per_block=3) - plain).abs().max() > 0.01
+
+
+# ------------------------------------------------------------------------------------------------ a sink that follows
+
+
+def filled(model, blocks, cond, cache, first_frame=0):
+    """The cache after clean blocks, the first of which stands at first_frame."""
+    cache = replace(cache, next_frame=first_frame)
+    with torch.no_grad():
+        for block in blocks:
+            cache = model.remember(block, 0.0, cond, cache)
+    return cache
+
+
+def test_a_sink_that_follows_stands_where_a_sink_made_there_would():
+    """Its keys are those of the same block remembered right before the window, in the first layer, where keys depend on
+    nothing else; without sink_follows they stay behind. Values and the window's keys are untouched."""
+    model, video = build(), clip(frames=12)
+    cond = conditions(model)
+    blocks = video.split(2, dim=1)
+    following = filled(model, blocks, cond, KVCache(2, 3, sink_follows=True))
+    assert following.frames == (0, 1, 9, 10, 11) and following.gap == 7
+    near = filled(model, blocks[:1], cond, KVCache(), first_frame=7)
+    tokens = near.layers[0][0].shape[1]
+    (keys, values), (held_keys, held_values) = model.past(following)[0], following.layers[0]
+    assert_close(keys[:, :tokens], near.layers[0][0])
+    assert (keys[:, :tokens] - held_keys[:, :tokens]).abs().max() > 0.1
+    assert torch.equal(keys[:, tokens:], held_keys[:, tokens:]) and values is held_values
+    for held in (filled(model, blocks, cond, KVCache(2, 3)), filled(model, blocks[:1], cond, KVCache(2, 3, True))):
+        assert held.gap == 0 and model.past(held) is held.layers
+
+
+def test_a_long_video_looks_like_a_short_one():
+    """Window and block moved far down the video, content equal: with sink_follows the flow is that of a short video,
+    in every layer; without it, it is not."""
+    model, video, far = build(), clip(frames=8), 500
+    cond = conditions(model)
+    *past, block = video.split(2, dim=1)
+    short = filled(model, past, cond, KVCache(2, 4, sink_follows=True))
+    turned = rope_table(short.layers[0][0].shape[-1], far, 1, 1, 1, torch.device("cpu"))
+    sink = short.layers[0][0].shape[1] // 6 * 2
+    layers = tuple((torch.cat([k[:, :sink], rotate(k[:, sink:], turned)], 1), v) for k, v in short.layers)
+    frames = (0, 1, *(frame + far for frame in short.frames[2:]))
+    long = replace(short, layers=layers, frames=frames, next_frame=short.next_frame + far)
+    with torch.no_grad():
+        flow, distant = model(block, 0.5, cond, short), model(block, 0.5, cond, long)
+        behind = model(block, 0.5, cond, replace(long, sink_follows=False))
+    assert_close(distant, flow, atol=1e-4)
+    assert (behind - flow).abs().max() > 1e-2
 
 
 def test_forward_only_reads_the_cache():
