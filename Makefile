@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format bench clean
+.PHONY: help setup quickstart test lint format results bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,11 @@ lint: setup ## check style and formatting
 format: setup ## mend style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# EVALUATE=1 ONLY=main_table/sf_dmd measures a row's shipped weights again, RETRAIN=1 ONLY=... trains it anew first.
+results: setup ## redraw RESULTS.md from the records of all experiments
+	@$(if $(RETRAIN),$(BIN)/python -m experiments.run $(subst /, --only ,$(ONLY)) --again)
+	@$(if $(EVALUATE),$(BIN)/python -m experiments.results --evaluate --only $(ONLY),$(BIN)/python -m experiments.results)
 
 bench: setup ## measure speed and memory, as ratios to this machine's own peak
 	$(BIN)/python -m benchmarks

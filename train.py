@@ -140,9 +140,7 @@ def scores(cfg, config: TrainingConfig, device) -> tuple[nn.Module | None, nn.Mo
     if not kind or (kind == "init" and config.init != "consistency"):
         return None, None, None
     if not (config.pretrained_checkpoint and config.teacher_checkpoint):
-        raise ValueError(
-            f"stage={config.stage} needs training.pretrained_checkpoint and training.teacher_checkpoint here."
-        )
+        raise ValueError(f"stage={config.stage} needs training.pretrained_checkpoint and training.teacher_checkpoint.")
     weights = load_weights(locate(config.teacher_checkpoint))
     check_teacher(weights, kind)
     teacher = network(cfg.real_score, cfg, weights, device).requires_grad_(False)

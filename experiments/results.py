@@ -18,25 +18,35 @@ from experiments.run import HERE, all_runs, load_plan, measure
 from visualization import plot_metric_curves
 
 PAGE, FIGURES = Path("RESULTS.md"), Path("docs/results")
-T = 12
+T, FEW = 12, "four steps"
 SPANS = {"0-T": (0, T), "T-2T": (T, 2 * T), "3T-4T": (3 * T, 4 * T), "7T-8T": (7 * T, 8 * T)}
 SHOWN = {"digit_accuracy": 2, "frechet_distance": 1, "motion_error": 2, "ink": 2}  # digits after the point
 TOLERANCE = {"digit_accuracy": 0.05, "motion_error": 0.15, "ink": 0.05}  # other noise of arithmetic, same weights
 
-Records = dict[str, list[dict]]  # row -> one record per seed
+Records = dict[str, list[dict]]  # row -> one record per seed, each with the curves of one way to sample
 
 
 def load_records(experiment: str, plan) -> Records:
-    """What has been run with the settings that the plan has now."""
-    runs = [run for run in all_runs(experiment, plan) if run.is_done(plan)]
-    rows = {row: [run for run in runs if run.row == row] for row in plan.rows}
-    return {row: [json.loads(run.record.read_text()) for run in own] for row, own in rows.items() if own}
+    """What has been run with the settings that the plan has now; a row that is sampled in two ways is two rows."""
+    found: Records = {}
+    for run in all_runs(experiment, plan):
+        if run.is_done(plan):
+            record = json.loads(run.record.read_text())
+            for way, curves in record["curves"].items():
+                name = run.row if way == FEW else f"{run.row}, {way}"
+                found.setdefault(name, []).append(record | {"curves": curves})
+    return {name: found[name] for name in sorted(found, key=lambda name: (", " in name, list(found).index(name)))}
 
 
 def span_means(records: list[dict], metric: str, span: str) -> np.ndarray:
     """A metric's mean over a span of frames, one number per seed."""
+    return np.array([span_mean(record["curves"], metric, span) for record in records])
+
+
+def span_mean(curves: dict, metric: str, span: str) -> float:
+    """NaN where the videos are shorter."""
     begin, end = SPANS[span]
-    return np.array([np.mean(record["curves"][metric][begin:end]) for record in records])
+    return float(np.mean(curves[metric][begin:end])) if len(curves[metric]) >= end else float("nan")
 
 
 def differ(a: np.ndarray, b: np.ndarray) -> bool:
@@ -47,6 +57,8 @@ def differ(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def cell(values: np.ndarray, digits: int) -> str:
+    if np.isnan(values).any():
+        return ""
     spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{values.mean():.{digits}f}{spread}"
 
@@ -97,8 +109,9 @@ def section(experiment: str) -> str:
             table(records),
             differences(records),
             " ".join(plan.get("found", "").split()),
-            f"`python -m experiments.run {experiment}`; {plan.evaluation.num_videos} videos per run, noise seed 1000 "
-            f"plus the training seed; one thread of {', '.join(machines)}. Settings: `experiments/{experiment}.yaml`.",
+            f"`python -m experiments.run {experiment}`; {plan.evaluation[FEW].num_videos} videos per run, noise seed "
+            f"1000 plus the training seed; one thread of {', '.join(machines)}. Settings: "
+            f"`experiments/{experiment}.yaml`.",
         ]
     )
 
@@ -122,14 +135,14 @@ def evaluate_again(name: str) -> None:
     (run, *_) = all_runs(experiment, plan, [row])
     weights = HERE / "weights" / experiment / f"{row}.safetensors"
     if not weights.exists() or not run.record.exists():
-        raise ValueError(
-            f"{name} ships no weights or has no record: python -m experiments.run {experiment} --only {row}"
-        )
-    then, now = json.loads(run.record.read_text())["curves"], measure(weights, plan, run.seed)
+        raise ValueError(f"{name} ships no weights, or has no record: run experiments.run {experiment} --only {row}.")
+    then, now = json.loads(run.record.read_text())["curves"][FEW], measure(weights, plan, run)[FEW]
     off = []
     for metric, tolerance in TOLERANCE.items():
-        for span, (begin, end) in SPANS.items():
-            before, after = (float(np.mean(curves[metric][begin:end])) for curves in (then, now))
+        for span in SPANS:
+            before, after = (span_mean(curves, metric, span) for curves in (then, now))
+            if np.isnan(before):
+                continue
             print(f"{metric:16} {span:6} {before:6.3f} in the record, {after:6.3f} now")
             off += [f"{metric} {span}"] * (abs(before - after) > tolerance)
     if off:

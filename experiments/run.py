@@ -1,6 +1,6 @@
 """Train and measure what an experiment lists, one record for each row and seed: python -m experiments.run two_by_two
 
-    python -m experiments.run two_by_two --only own_last --seeds 0 1 --workers 2
+    python -m experiments.run two_by_two --only own_last --seeds 0 1 --workers 2 [--again]
 
 An experiment is experiments/NAME.yaml: rows of overrides for train.py, on top of what they have in common. A run
 trains in logs/experiments/NAME/ROW/seed_K, where it can be interrupted and goes on, and leaves
@@ -48,7 +48,8 @@ class Run:
 
     def is_done(self, plan) -> bool:
         """Whether there is a record of these settings and of the weights that ship now."""
-        wanted = {"overrides": self.overrides(plan), "weights": weights()}
+        evaluation = OmegaConf.to_container(plan.evaluation)
+        wanted = {"overrides": self.overrides(plan), "weights": weights(), "evaluation": evaluation}
         return self.record.exists() and wanted.items() <= json.loads(self.record.read_text()).items()
 
 
@@ -99,22 +100,34 @@ def execute(run: Run, plan) -> None:
         "evaluations": evaluations,
         "machine": machine(),
         "noise_seed": NOISE_SEED + run.seed,
-        "num_videos": plan.evaluation.num_videos,
-        "curves": measure(checkpoint, plan, run.seed),
+        "evaluation": OmegaConf.to_container(plan.evaluation),
+        "curves": measure(checkpoint, plan, run),
     }
     with atomic(run.record) as temporary:
         temporary.write_text(json.dumps(record) + "\n")
 
 
-def measure(checkpoint: Path, plan, seed: int) -> dict[str, list[float]]:
-    """Every metric over the frame index, of videos of all prompts."""
+def measure(checkpoint: Path, plan, run: Run) -> dict[str, dict[str, list[float]]]:
+    """Every metric over the frame index, for each of the plan's ways to sample this row."""
+    ways = {way: dict(options) for way, options in plan.evaluation.items()}
+    return {
+        way: measure_one(checkpoint, run.seed, **options)
+        for way, options in ways.items()
+        if run.row in options.pop("rows", plan.rows)
+    }
+
+
+def measure_one(checkpoint: Path, seed: int, *, num_videos: int, num_frames: int, num_steps: int = 0, **options):
+    """Metrics of videos of all prompts; num_steps: of an ODE, instead of the student's few."""
     import metrics
     from generate import load_model, sample_videos
+    from ode_pairs import grid
 
-    loaded, options = load_model(checkpoint), dict(plan.evaluation)
-    prompts = metrics.uniform_prompts(options.pop("num_videos"))
+    if num_steps:
+        options |= {"denoising_steps": grid(num_steps), "fresh_noise": 0.0}
+    loaded, prompts = load_model(checkpoint), metrics.uniform_prompts(num_videos)
     judge, other = (metrics.load_classifier(second=second) for second in (False, True))
-    videos = sample_videos(loaded, prompts, seed=NOISE_SEED + seed, **options)
+    videos = sample_videos(loaded, prompts, num_frames, seed=NOISE_SEED + seed, **options)
     curves = metrics.evaluate(videos, prompts, world=loaded.world, classifier=judge)
     seen = metrics.digit_accuracy(metrics.measure(videos, other), metrics.one_digit(prompts)[0])
     curves["second_opinion"] = seen.mean(0).tolist()
@@ -132,6 +145,18 @@ def finished(run: Run) -> bool:
     return config.read_text() == OmegaConf.to_yaml(load_config(run.overrides(plan)), resolve=True)
 
 
+def forget(runs: list[Run], plan) -> None:
+    """What has a record is to be trained anew: without its record, and its finished folder moved aside."""
+    for run in runs:
+        if run.record.exists():
+            run.record.unlink()
+            if finished(run):
+                number = 1
+                while (aside := run.folder.with_name(f"{run.folder.name}.{number}")).exists():
+                    number += 1
+                run.folder.rename(aside)
+
+
 def in_process(run: Run) -> int:
     """The same in a process of its own with one thread; its output goes to the run's log."""
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -147,9 +172,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], metavar="ROW")
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time; 0: one, in here")
+    parser.add_argument("--again", action="store_true", help="train anew what has a record")
     args = parser.parse_args()
     plan = load_plan(args.experiment)
-    missing = [run for run in all_runs(args.experiment, plan, args.only, args.seeds) if not run.is_done(plan)]
+    runs = all_runs(args.experiment, plan, args.only, args.seeds)
+    if args.again:
+        forget(runs, plan)
+    missing = [run for run in runs if not run.is_done(plan)]
     if args.workers == 0:
         for run in missing:
             execute(run, plan)

@@ -1,0 +1,148 @@
+"""Experiments leave records, records make the page, and shipped weights can be held against them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_runs import TINY, make_weights
+
+from checkpoint import load_weights, save_weights
+from experiments import results, run
+from experiments.run import Run, all_runs, execute, load_plan
+
+
+@pytest.fixture
+def laboratory(tmp_path, monkeypatch):
+    """An experiment of two rows and three seeds, in a folder of its own."""
+    make_weights(tmp_path)
+    start = [f"training.pretrained_checkpoint={tmp_path}/start.safetensors", "training.num_steps=1"]
+    start += [f"training.teacher_checkpoint={tmp_path}/teacher.safetensors", "training.max_num_frames=12"]
+    plan = {
+        "title": "Tiny",
+        "asks": "Does it run?",
+        "found": "It does.",
+        "seeds": [0, 1, 2],
+        "common": [*TINY, *start],
+        "rows": {"own": ["objective=sf_dmd"], "data": ["objective=tf_dmd"]},
+        "evaluation": {
+            "four steps": {"num_videos": 4, "num_frames": 12},
+            "many": {"num_videos": 2, "num_frames": 6, "num_steps": 2, "guidance_scale": 2.0, "rows": ["own"]},
+        },
+    }
+    (tmp_path / "tiny.yaml").write_text(OmegaConf.to_yaml(plan))
+    for module in (run, results):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "weights", lambda: {"init": "a"})
+    return tmp_path
+
+
+def test_a_run_leaves_a_record_once(laboratory, monkeypatch):
+    """Overrides, cost and curves of every way to sample; what has a record is done until settings or weights change."""
+    plan = load_plan("tiny")
+    one = Run("tiny", "own", 1)
+    execute(one, plan)
+    record = json.loads(one.record.read_text())
+    assert record["steps"] == 1 and record["evaluations"] == 450  # tests/test_objectives.py counts them
+    assert record["noise_seed"] == 1001 and record["overrides"][-2] == "training.seed=1"
+    assert {way: len(curves["ink"]) for way, curves in record["curves"].items()} == {"four steps": 12, "many": 6}
+    assert one.is_done(plan) and not Run("tiny", "own", 0).is_done(plan)
+    other = OmegaConf.merge(plan, {"evaluation": {"four steps": {"num_videos": 8}}})
+    assert not one.is_done(other)
+    monkeypatch.setattr(run, "weights", lambda: {"init": "b"})
+    assert not one.is_done(plan)
+
+
+def test_measuring_does_not_train_again(laboratory, monkeypatch):
+    """Killed between training and measuring, a run is only measured; killed in training, it resumes there."""
+    plan, one = load_plan("tiny"), Run("tiny", "data", 0)
+    execute(one, plan)
+    before = one.record.read_text()
+    one.record.unlink()
+    import train
+
+    monkeypatch.setattr(train, "main", lambda overrides: pytest.fail("trained again"))
+    execute(one, plan)
+    assert json.loads(one.record.read_text())["curves"] == json.loads(before)["curves"]
+
+
+def test_training_again_begins_anew_and_then_goes_on(laboratory):
+    """--again forgets the record and moves the finished run aside, once: what it began is then resumed."""
+    plan, one = load_plan("tiny"), Run("tiny", "own", 0)
+    execute(one, plan)
+    run.forget([one, Run("tiny", "data", 0)], plan)
+    assert not one.record.exists() and not one.folder.exists()
+    assert (one.folder.with_name("seed_0.1") / "checkpoint_final.pt").exists()
+    one.folder.mkdir()
+    (one.folder / "begun").touch()
+    run.forget([one], plan)
+    assert (one.folder / "begun").exists()
+
+
+def test_seeds_come_before_rows_and_mistakes_are_named(laboratory):
+    plan = load_plan("tiny")
+    assert [(r.row, r.seed) for r in all_runs("tiny", plan)][:3] == [("own", 0), ("data", 0), ("own", 1)]
+    assert [(r.row, r.seed) for r in all_runs("tiny", plan, ["data"], [7])] == [("data", 7)]
+    with pytest.raises(ValueError, match="tiny has no row mine; it has own, data."):
+        all_runs("tiny", plan, ["mine"])
+    with pytest.raises(ValueError, match="There is no experiment large; known are tiny."):
+        load_plan("large")
+
+
+def fake_record(one, plan, accuracy):
+    curves = {name: [accuracy] * 96 for name in results.SHOWN}
+    short = {"many": {name: curve[:24] for name, curve in curves.items()}} if one.row == "own" else {}
+    record = {
+        "overrides": one.overrides(plan), "weights": run.weights(), "seconds": 60, "evaluations": 1234.0,
+        "evaluation": OmegaConf.to_container(plan.evaluation), "machine": {"processor": "abacus"},
+        "curves": {"four steps": curves} | short,
+    }  # fmt: skip
+    one.record.parent.mkdir(parents=True, exist_ok=True)
+    one.record.write_text(json.dumps(record))
+
+
+def test_the_page_says_what_the_records_say(laboratory):
+    """A row per way to sample, means and spreads, blanks where videos are short, and which rows differ."""
+    plan = load_plan("tiny")
+    for seed, (own, data) in enumerate([(0.90, 0.70), (0.92, 0.74), (0.94, 0.72)]):
+        fake_record(Run("tiny", "own", seed), plan, own)
+        fake_record(Run("tiny", "data", seed), plan, data)
+    results.write_page()
+    page = (laboratory / "RESULTS.md").read_text()
+    assert "## Tiny\n\nDoes it run?" in page and "It does." in page and "one thread of abacus" in page
+    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in page.splitlines() if line.startswith("| ")}
+    assert list(rows)[1:] == ["own", "data", "own, many"]
+    assert rows["own"][1:3] == ["3", "0.92 ± 0.02"] and rows["data"][2] == "0.72 ± 0.02"
+    assert rows["own, many"][2:6] == ["0.92 ± 0.02", "0.92 ± 0.02", "", ""]
+    assert rows["own"][-2:] == ["1,234", "1 |"]
+    assert "own above data by 0.20" in page
+    assert (laboratory / "docs" / "results" / "tiny.png").stat().st_size > 10_000
+
+
+def test_what_counts_as_a_difference():
+    """More than two pooled standard deviations, and three seeds."""
+    near, far = np.array([0.70, 0.72, 0.74]), np.array([0.80, 0.82, 0.84])
+    assert results.differ(near, far) and results.differ(far, near)
+    assert not results.differ(near, near + 0.039)
+    assert results.differ(near, near + 0.041)
+    assert not results.differ(near[:2], far[:2])
+
+
+def test_shipped_weights_are_held_against_their_record(laboratory, capsys):
+    """The same weights pass; a record of better ones than ship fails, by name."""
+    plan, one = load_plan("tiny"), Run("tiny", "own", 0)
+    execute(one, plan)
+    weights = load_weights(one.folder / "checkpoint_final.pt")
+    path, record = laboratory / "weights" / "tiny" / "own.safetensors", {"config": weights.config}
+    save_weights(path, weights.state_dict, record, torch.float32)
+    results.evaluate_again("tiny/own")
+    assert "digit_accuracy" in capsys.readouterr().out
+    record = json.loads(one.record.read_text())
+    record["curves"]["four steps"]["ink"] = [x + 0.2 for x in record["curves"]["four steps"]["ink"]]
+    one.record.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="tiny/own left its range in ink 0-T"):
+        results.evaluate_again("tiny/own")
+    with pytest.raises(ValueError, match="tiny/data ships no weights, or has no record"):
+        results.evaluate_again("tiny/data")
