@@ -135,28 +135,27 @@ def test_stages_in_a_row_and_only_once(tmp_path, capsys):
     """An experiment trains each stage from the one before; again, nothing is done; a new teacher renews the rest."""
     command = ["experiment=from_scratch_cpu", *TINY, f"training.output_dir={tmp_path}", "training.num_steps=2"]
     final = train.main(command)
-    stages = ("teacher", "teacher_2", "init", "self_forcing", "self_forcing_2", "self_forcing_3")
+    stages = ("teacher", "teacher_2", "init", "self_forcing", "self_forcing_2")
     finals = {stage: tmp_path / stage / "checkpoint_final.pt" for stage in stages}
-    assert final == finals["self_forcing_3"] and names(tmp_path) == set(stages)
+    assert final == finals["self_forcing_2"] and names(tmp_path) == set(stages)
     records = {stage: load_checkpoint(path)["config"]["training"] for stage, path in finals.items()}
     assert records["teacher"]["pretrained_checkpoint"] is None
     assert records["teacher_2"]["pretrained_checkpoint"] == str(finals["teacher"])
     assert records["init"]["pretrained_checkpoint"] == str(finals["teacher_2"])
     assert records["self_forcing"]["pretrained_checkpoint"] == str(finals["init"])
     assert records["self_forcing_2"]["pretrained_checkpoint"] == str(finals["self_forcing"])
-    assert records["self_forcing_3"]["pretrained_checkpoint"] == str(finals["self_forcing_2"])
-    for stage in ("self_forcing", "self_forcing_2", "self_forcing_3"):
+    for stage in ("self_forcing", "self_forcing_2"):
         assert records[stage]["teacher_checkpoint"] == str(finals["teacher_2"])
 
     written = {stage: path.stat().st_mtime_ns for stage, path in finals.items()}
     capsys.readouterr()
     assert train.main(command) == final
     assert written == {stage: path.stat().st_mtime_ns for stage, path in finals.items()}
-    assert capsys.readouterr().out.count("is there already") == 6
+    assert capsys.readouterr().out.count("is there already") == 5
 
     os.utime(finals["teacher_2"])  # as if it had been trained anew
     train.main(command)
-    assert names(tmp_path) == {*stages, "init.1", "self_forcing.1", "self_forcing_2.1", "self_forcing_3.1"}
+    assert names(tmp_path) == {*stages, "init.1", "self_forcing.1", "self_forcing_2.1"}
 
 
 def test_an_interrupted_row_goes_on_in_its_stage(tmp_path):
@@ -566,7 +565,7 @@ def test_the_command_line_comes_last(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "fit_once", lambda cfg: seen.append(cfg) or Path("made"))
     train.main(["experiment=from_scratch_cpu", "training.num_steps=7", "model.dim=64"])
-    assert [(cfg.training.num_steps, cfg.model.dim) for cfg in seen] == [(7, 64)] * 6
+    assert [(cfg.training.num_steps, cfg.model.dim) for cfg in seen] == [(7, 64)] * 5
 
 
 MISTAKES = {
