@@ -298,7 +298,8 @@ class SelfForcingConfig:
     guidance_scale: of the teacher (uncond + w (cond - uncond)); fake_guidance_scale: of the critic inside the loss,
     None for none. critic_steps: critic updates per generator update, on fresh_rollouts or on the generator's own.
     exit_rule: "random" (one step for all blocks), "per_block", or "last". gradient_frames: gradient, teacher and critic
-    see only so many last frames, the teacher's clip length. Clips have min_num_frames to max_num_frames frames. Score
+    see only so many last frames, the teacher's clip length. Clips have min_num_frames to max_num_frames frames, but a
+    shortest_share of them exactly min_num_frames: of long clips the first block is never scored. Score
     times are drawn from [min_score_time, 1], warped, and kept within [0.02, 0.98]; ts_schedule raises the lower bound
     to the step after the exit, ts_schedule_max lowers the upper one to the exit.
     """
@@ -312,6 +313,7 @@ class SelfForcingConfig:
     gradient_frames: int = 21
     min_num_frames: int = 21
     max_num_frames: int = 21
+    shortest_share: float = 0.0
     min_score_time: float = 0.0
     ts_schedule: bool = False
     ts_schedule_max: bool = False
@@ -353,6 +355,8 @@ def training_rollout(
     not looked at: a student that learns from its own videos needs none.
     """
     lengths = config.clip_lengths()
+    if config.shortest_share and rand((1,), shared_rng) < config.shortest_share:
+        lengths = lengths[:1]
     num_frames = lengths[int(randint(len(lengths), (1,), shared_rng))]
     if noise.shape[1] < num_frames:
         raise ValueError(f"noise has {noise.shape[1]} frames, the clip {num_frames}: give max_num_frames of noise.")

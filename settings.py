@@ -39,7 +39,7 @@ COUNTS = ("num_steps", "batch_size", "micro_batch_size", "checkpoint_every", "sa
 COUNTS += ("gradient_frames", "min_num_frames")
 AT_LEAST_ZERO = ("seed", "warmup_steps", "short_clip_steps", "ema_start_step", "lr", "critic_lr", "weight_decay")
 LEAST = dict.fromkeys(COUNTS, 1) | dict.fromkeys(AT_LEAST_ZERO, 0)
-FRACTIONS = ("decay_fraction", "ema_decay", "prompt_dropout", "min_score_time", "short_clip_share")
+FRACTIONS = ("decay_fraction", "ema_decay", "prompt_dropout", "min_score_time", "short_clip_share", "shortest_share")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class TrainingConfig:
     gradient_frames: int = 12
     min_num_frames: int = 12
     max_num_frames: int = 12
+    shortest_share: float = 0.0
     min_score_time: float = 0.0
     ts_schedule: bool = False
     ts_schedule_max: bool = False

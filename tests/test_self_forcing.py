@@ -258,6 +258,17 @@ def test_clip_lengths_are_whole_blocks(shortest, longest, frames_per_block, leng
     assert sorted(counts) == lengths and min(counts.values()) > 20
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_share_of_the_clips_is_short(share):
+    """shortest_share of them have min_num_frames frames, besides what chance gives; the others any length."""
+    config = settings(8, 2, min_num_frames=4, shortest_share=share)
+    counts = Counter(roll(Walk(0.9), config, seed)[0].shape[1] for seed in range(150))
+    expected = share + (1 - share) / 3
+    assert abs(counts[4] / 150 - expected) < 0.12
+    assert share == 1 or min(counts[6], counts[8]) > 10
+
+
 def exits(exit_rule, seeds=60):
     """Exit steps of 60 rollouts of three blocks: as reported, and as counted per block."""
     for seed in range(seeds):
