@@ -63,7 +63,11 @@ class RolloutConfig:
             object.__setattr__(self, "frames_per_block", tuple(self.frames_per_block))
         if not 0 <= self.context_noise <= 1000:
             raise ValueError(f"context_noise is a noise level between 0 and 1000, got {self.context_noise}.")
-        KVCache(self.sink_frames, self.window_frames)  # has its own say about both
+        self.empty_cache()  # has its own say about sink and window
+
+    def empty_cache(self) -> KVCache:
+        """What a rollout begins with."""
+        return KVCache(self.sink_frames, self.window_frames, self.sink_follows)
 
 
 def predict_x0(model, scheduler: FlowMatchScheduler, x_t: Tensor, t: Time, cond, *cache) -> Tensor:
@@ -109,7 +113,7 @@ def rollout(
     exit_step that no denoising step has.
     """
     if cache is None:
-        cache = KVCache(config.sink_frames, config.window_frames, config.sink_follows)
+        cache = config.empty_cache()
     times = scheduler.denoising_times(config.denoising_steps)
     sizes = block_sizes(noise.shape[1], config.frames_per_block, first_frame=cache.next_frame)
     for x_t, last in zip(noise.split(sizes, dim=1), exits(exit_step, len(sizes), len(times)), strict=True):
@@ -151,7 +155,7 @@ def prefill(generator, scheduler, video, cond, config: RolloutConfig, *, cache=N
     ValueError for an F that cuts a block.
     """
     if cache is None:
-        cache = KVCache(config.sink_frames, config.window_frames, config.sink_follows)
+        cache = config.empty_cache()
     t = config.context_noise / 1000
     sizes = block_sizes(video.shape[1], config.frames_per_block, first_frame=cache.next_frame)
     for block in video.split(sizes, dim=1):
@@ -460,7 +464,9 @@ def causal_forcing_loss(
 
 def block_causal(model, config: RolloutConfig, clean: Tensor | None = None):
     """The model on a whole clip at once, every block seeing of the others what it would see in a rollout: as noisy as
-    they are or, with clean [B, F, C, H, W], clean."""
+    they are or, with clean [B, F, C, H, W], clean. Raises ValueError for a sink that follows."""
+    if config.sink_follows:
+        raise ValueError("sink_follows moves the sink of a rollout; in a whole clip it stays: leave it false here.")
     return partial(
         model,
         frames_per_block=config.frames_per_block,

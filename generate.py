@@ -33,7 +33,7 @@ from simplified import (  # noqa: F401  (names of older documents, promised here
 from tiny_causal_wan import TinyCausalWanModel, WanConfig
 from visualization import save_video_grid
 
-TEACHER_STEPS, TEACHER_FRESH_NOISE = 32, 0.5  # an ODE of any number of steps makes worse videos: docs/trials.md
+TEACHER_STEPS, TEACHER_FRESH_NOISE = 32, 0.5  # an ODE made worse clips: docs/trials.md
 
 
 @dataclass(frozen=True)

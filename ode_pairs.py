@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -51,6 +51,8 @@ def make_pairs(loaded: LoadedModel, prompts, samples, num_steps, guidance_scale,
 
 def write_pairs(args) -> None:
     """Every shard that is not there yet. Raises ValueError for a folder with pairs of other settings."""
+    if args.num_pairs < 1 or args.num_steps < 1:
+        raise ValueError("--num_pairs and --num_steps must be at least 1.")
     loaded, prompts = load_model(args.checkpoint), uniform_prompts(args.num_pairs)
     names = ("checkpoint", "num_steps", "guidance_scale", "keep", "seed")
     settings = {name: getattr(args, name) for name in names}
@@ -72,8 +74,12 @@ def write_pairs(args) -> None:
 
 
 def read_header(path: Path) -> dict:
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["header"])
+    """Prompts and settings of a shard. Raises ValueError for a file that is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["header"])
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or no shard of pairs: delete it and make it again.") from error
 
 
 class StoredPairs:

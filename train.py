@@ -454,18 +454,28 @@ SOURCES = {
 }
 
 
+STAGE_OF = {"objective": "self_forcing", "init": "init"}  # whose config groups these are
+
+
+def group_of(override: str) -> str:
+    """`objective` of "objective=sf_sid" and of "objective.loss=..."."""
+    return override.partition("=")[0].partition(".")[0]
+
+
 def main(overrides: Sequence[str]) -> Path:
     """Compose, check and run: one stage, or the stages that an experiment lists, each from the one before."""
     cfg = load_config(overrides)
     if not cfg.stages:
-        if cfg.training.stage != "self_forcing" and any(override.startswith("objective") for override in overrides):
-            raise ValueError(f"objective= says how stage=self_forcing learns; stage={cfg.training.stage} has none.")
+        stage = cfg.training.stage
+        if foreign := next((group for group in map(group_of, overrides) if STAGE_OF.get(group, stage) != stage), None):
+            raise ValueError(f"{foreign}= says how stage={STAGE_OF[foreign]} learns; stage={stage} has none.")
         return fit(cfg)
     if any(override.startswith("stage=") for override in overrides):
         raise ValueError("This experiment lists its stages: leave out stage=, finished ones are not run again.")
     made: dict[str, Path] = {}
     for name, settings in cfg.stages.items():
-        one = load_config([f"stage={stage_of(name)}", *settings, *overrides])
+        own = [override for override in overrides if STAGE_OF.get(group_of(override), stage_of(name)) == stage_of(name)]
+        one = load_config([f"stage={stage_of(name)}", *settings, *own])
         one.stages, one.training.output_dir = None, f"{cfg.training.output_dir}/{name}"
         stage = one.training.stage
         for option, sources in SOURCES[stage].items():

@@ -113,7 +113,8 @@ class Network(nn.Module):
 
 
 def distil(target: Mixture, objective: str, num_steps=300, batch=256, snapshots=(), train_critic=True) -> list[Tensor]:
-    """A one-step student under "dmd", "sid" or "gan": its points [2000, 2] after each of the snapshots' steps."""
+    """A one-step student under "dmd", "sid" or "gan": its points [4000, 2] after each of the snapshots' steps
+    and at the end."""
     torch.manual_seed(0)
     rng = generator(0, "mixture")
     config = SelfForcingConfig(RolloutConfig((1000,), 1), 1.0, gradient_frames=1, min_num_frames=1, max_num_frames=1)
@@ -135,8 +136,10 @@ def distil(target: Mixture, objective: str, num_steps=300, batch=256, snapshots=
     seen = []
     for step in range(num_steps + 1):
         if step in snapshots or step == num_steps:
-            seen.append(videos(2000, generator(0, "look")).flatten(1))
-        optimizers["generator"].param_groups[0]["lr"] = 3e-3 * (1 - step / (num_steps + 1))
+            seen.append(videos(4000, generator(0, "look")).flatten(1))
+        if step == num_steps:
+            return seen
+        optimizers["generator"].param_groups[0]["lr"] = 3e-3 * (1 - step / num_steps)
         data = target.sample(batch, rng).view(batch, *PIXELS)
         losses = {
             "dmd": self_forcing_step,
@@ -149,7 +152,6 @@ def distil(target: Mixture, objective: str, num_steps=300, batch=256, snapshots=
         ):
             if name == "generator" or train_critic:
                 update(name, loss)
-    return seen
 
 
 def judge(points: Tensor, target: Mixture) -> dict[str, float]:

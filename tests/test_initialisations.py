@@ -88,7 +88,7 @@ def test_a_step_off_the_grid_is_refused(model):
         ode_trajectory(model, SCHEDULER, start(3), prompt(), RolloutConfig(ode_pairs.grid(6)), KEEP)
 
 
-def test_a_causal_teachers_pairs_can_be_learnt_and_a_bidirectional_ones_cannot(model):
+def test_a_causal_teachers_pairs_need_its_clean_past(model):
     """With the clean past that it saw, the causal teacher itself in one small step has no error at its last state."""
     config = RolloutConfig(ode_pairs.grid(8), frames_per_block=3)
     states = ode_trajectory(model, SCHEDULER, start(6), prompt(), config, (125,))
@@ -190,6 +190,28 @@ def test_pairs_are_stored_safely_and_go_on(weights, tmp_path, monkeypatch, capsy
     assert torch.equal(batch["video"], batch["trajectory"][:, -1])
     noise = randn((1, 12, 1, 24, 24), [generator(0, "ode pairs", 0)])
     torch.testing.assert_close(batch["trajectory"][:1, 0], noise.half().float())
+
+
+def test_a_damaged_shard_is_named(weights, tmp_path, monkeypatch, capsys):
+    """Neither made over in silence nor read: a sentence says what to do. Nor is nothing made of nothing."""
+    arguments(monkeypatch, tmp_path, weights, num_pairs=2)
+    ode_pairs.main()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(SystemExit):
+        ode_pairs.main()
+    assert "pairs_00000.safetensors is damaged, or no shard of pairs: delete it" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is damaged"):
+        ode_pairs.StoredPairs(tmp_path, WorldConfig())
+    arguments(monkeypatch, tmp_path, weights, num_pairs=0)
+    with pytest.raises(SystemExit):
+        ode_pairs.main()
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_whole_clips_have_no_sink_that_follows(model):
+    with pytest.raises(ValueError, match="sink_follows moves the sink of a rollout"):
+        block_causal(model, RolloutConfig(sink_frames=3, window_frames=3, sink_follows=True))
 
 
 def test_pairs_of_another_world_are_refused(weights, tmp_path, monkeypatch):

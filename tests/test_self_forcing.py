@@ -1,7 +1,6 @@
 """Algorithm 1: what it yields in which order, which frames and times it scores, and where it takes a student."""
 
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from dynamic_video_sf import (
     sid_loss,
     training_rollout,
 )
+from experiments.gaussian_mixture import Mixture, distil
 from flow_match import FlowMatchScheduler
 from randomness import generator, generators, randn
 
@@ -406,80 +406,8 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(loss):
 
 # --------------------------------------------------------------------------------------------- an analytic teacher
 
-MEANS = torch.tensor([[-1.0, 0.5], [1.0, -0.5]])  # of two components, over the two pixels of a one-frame video
-WEIGHTS, STD = torch.tensor([0.3, 0.7]), 0.3
-PIXELS = (1, 1, 1, 2)  # F, C, H, W
-
-
-def mixture_flow(x_t, t, cond):
-    """The exact flow of the two-component mixture: E[noise - x0 | x_t], in closed form."""
-    x, t = x_t.flatten(1)[:, None], t[:, None, None]  # [b 1 d]
-    variance = ((1 - t) * STD) ** 2 + t**2
-    off = x - (1 - t) * MEANS  # [b k d]
-    log_likelihood = -off.square().sum(-1) / (2 * variance[..., 0])
-    share = (WEIGHTS.log() + log_likelihood).softmax(-1)[..., None]
-    x0 = (share * (MEANS + (1 - t) * STD**2 / variance * off)).sum(1)
-    return (x_t - x0.view_as(x_t)) / t[..., None, None]
-
-
-def perceptron(num_inputs, width):
-    hidden = [nn.Linear(num_inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
-    return nn.Sequential(*hidden, nn.Linear(width, 2))
-
-
-class OneStep(nn.Module):
-    """A student that makes its frame in one step, from pure noise."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = perceptron(2, 32)
-
-    def forward(self, x_t, t, cond, cache):
-        return x_t - self.net(x_t.flatten(1)).view_as(x_t)
-
-    def remember(self, x, t, cond, cache):
-        return cache.extend([], x.shape[1])
-
-
-class Critic(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = perceptron(3, 64)
-
-    def forward(self, x_t, t, cond):
-        return self.net(torch.cat([x_t.flatten(1), t[:, None]], dim=1)).view_as(x_t)
-
-
-def distil_the_mixture(train_critic, num_steps=200, batch=256):
-    """A student trained by Algorithm 1; its critic knows the untrained student, and follows it only if told to."""
-    torch.manual_seed(0)
-    rng = generator(0, "mixture")
-    config = SelfForcingConfig(RolloutConfig((1000,), 1), 1.0, gradient_frames=1, min_num_frames=1, max_num_frames=1)
-    networks = {"generator": OneStep(), "critic": Critic()}
-    adam = partial(torch.optim.Adam, lr=3e-3, betas=(0.0, 0.99))
-    optimizers = {name: adam(network.parameters()) for name, network in networks.items()}
-
-    def update(name, loss):
-        optimizers[name].zero_grad()
-        loss.backward()
-        optimizers[name].step()
-
-    def videos(count):
-        noise = randn((count, *PIXELS), rng)
-        return generate(networks["generator"], SCHEDULER, noise, {}, config.rollout, rng=rng)
-
-    for _ in range(200):
-        update("critic", flow_matching_loss(networks["critic"], SCHEDULER, videos(batch), {}, rng=rng))
-    for step in range(num_steps):
-        optimizers["generator"].param_groups[0]["lr"] = 3e-3 * (1 - step / num_steps)
-        noise = randn((batch, *PIXELS), rng)
-        options = {"rng": rng, "shared_rng": rng}
-        for name, loss in self_forcing_step(
-            networks["generator"], mixture_flow, networks["critic"], SCHEDULER, noise, {}, {}, config, **options
-        ):
-            if name == "generator" or train_critic:
-                update(name, loss)
-    return videos(4000).flatten(1)
+MEANS, WEIGHTS, STD = torch.tensor([[-1.0, 0.5], [1.0, -0.5]]), torch.tensor([0.3, 0.7]), 0.3
+TARGET = Mixture(MEANS.tolist(), WEIGHTS.tolist(), STD)
 
 
 def component_weights(pixels):
@@ -488,7 +416,7 @@ def component_weights(pixels):
 
 def test_dmd_reaches_the_mixture():
     """A one-step student under DMD ends with the target's mean (to 0.1), component weights (to 0.05) and spread."""
-    pixels = distil_the_mixture(train_critic=True)
+    pixels = distil(TARGET, "dmd", num_steps=200)[-1]
     torch.testing.assert_close(pixels.mean(0), WEIGHTS @ MEANS, atol=0.1, rtol=0)
     torch.testing.assert_close(component_weights(pixels), WEIGHTS, atol=0.05, rtol=0)
     variance = STD**2 + WEIGHTS @ MEANS.square() - (WEIGHTS @ MEANS).square()
@@ -497,6 +425,6 @@ def test_dmd_reaches_the_mixture():
 
 def test_dmd_without_a_critic_that_follows_overshoots():
     """Against a critic that knows only the untrained student, it runs past both components into one corner."""
-    pixels = distil_the_mixture(train_critic=False)
+    pixels = distil(TARGET, "dmd", num_steps=200, train_critic=False)[-1]
     assert component_weights(pixels).max() > 0.99
     assert torch.cdist(pixels, MEANS).min(1).values.median() > 10 * STD
