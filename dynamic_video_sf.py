@@ -47,7 +47,8 @@ class RolloutConfig:
 
     denoising_steps: 0..1000, falling from 1000; a trailing 0 is dropped. frames_per_block: n, or a tuple whose last
     entry repeats. context_noise: 0..1000 (not warped), the noise level at which finished blocks are remembered.
-    sink_frames, window_frames and sink_follows: see KVCache.
+    sink_frames, window_frames and sink_follows: see KVCache. cache_gradient lets a block's gradient reach the blocks that
+    it remembers, for comparison: the paper cuts it off.
     """
 
     denoising_steps: tuple[float, ...] = (1000, 750, 500, 250)
@@ -56,6 +57,7 @@ class RolloutConfig:
     sink_frames: int = 0
     window_frames: int | None = None
     sink_follows: bool = False
+    cache_gradient: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "denoising_steps", check_denoising_steps(self.denoising_steps))
@@ -67,7 +69,7 @@ class RolloutConfig:
 
     def empty_cache(self) -> KVCache:
         """What a rollout begins with."""
-        return KVCache(self.sink_frames, self.window_frames, self.sink_follows)
+        return KVCache(self.sink_frames, self.window_frames, self.sink_follows, self.cache_gradient)
 
 
 def predict_x0(model, scheduler: FlowMatchScheduler, x_t: Tensor, t: Time, cond, *cache) -> Tensor:
@@ -125,7 +127,8 @@ def rollout(
             if i < last:
                 x_t = sampler(scheduler, x0, x_t, t, times[i + 1], randn_like(x0, rng))
         yield x0  # a viewer does not wait for the memory pass
-        with torch.no_grad():  # remember what was *generated*, never the data
+        with nullcontext() if config.cache_gradient else torch.no_grad():
+            # remember what was *generated*, never the data
             t = config.context_noise / 1000
             cache = generator.remember(scheduler.add_noise(x0, randn_like(x0, rng), t), t, cond, cache)
     return cache

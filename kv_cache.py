@@ -27,12 +27,14 @@ class KVCache:
 
     Keeps the first `sink_frames` and, besides them, the `window_frames` most recent frames (None: all of them). The
     block being made is extra: it is never in the cache while it attends to it. With sink_follows, the model sees the
-    sink as if it stood right before the window: no two frames are ever further apart than in a short video.
+    sink as if it stood right before the window: no two frames are ever further apart than in a short video. What it
+    holds is detached, unless keeps_gradient.
     """
 
     sink_frames: int = 0
     window_frames: int | None = None
     sink_follows: bool = False
+    keeps_gradient: bool = False
     next_frame: int = 0
     frames: tuple[int, ...] = ()
     layers: tuple[KeysValues, ...] = ()
@@ -49,13 +51,15 @@ class KVCache:
         return self.frames[self.sink_frames] - self.sink_frames
 
     def extend(self, layers: Sequence[KeysValues], num_frames: int) -> "KVCache":
-        """A new cache with `num_frames` more frames, detached, and without what fell out of the window.
+        """A new cache with `num_frames` more frames, and without what fell out of the window.
 
         layers: keys and values [b l n d] of the new frames only, one pair per layer of the model.
         """
         end = self.next_frame + num_frames
         held = (*self.frames, *range(self.next_frame, end))
         kept = [i for i, frame in enumerate(held) if remembers(frame, end, self.sink_frames, self.window_frames)]
+        if not self.keeps_gradient:
+            layers = [(k.detach(), v.detach()) for k, v in layers]
         past = self.layers or [None] * len(layers)
         return replace(
             self,
@@ -70,7 +74,7 @@ class KVCache:
 
 def _keep(old: Tensor | None, new: Tensor, kept: list[int], num_held: int) -> Tensor:
     """The kept frames of [old, new] along the token axis."""
-    both = new.detach() if old is None else torch.cat([old, new.detach()], dim=1)  # [b l n d]
+    both = new if old is None else torch.cat([old, new], dim=1)  # [b l n d]
     if len(kept) == num_held:
         return both
     return both.unflatten(1, (num_held, -1))[:, kept].flatten(1, 2)

@@ -94,6 +94,7 @@ class TrainingConfig:
     sink_frames: int = 0
     window_frames: int | None = 6
     sink_follows: bool = False
+    cache_gradient: bool = False
     guidance_scale: float = 2.0
     fake_guidance_scale: float | None = None
     critic_steps: int = 3

@@ -381,7 +381,7 @@ class TinyCausalWanModel(nn.Module):
         return self.unpatchify(self.head(x[:, -frames:], time[:, -frames:]), x_t)
 
     def remember(self, x: Tensor, t: float | Tensor, cond: Mapping[str, Tensor], cache: KVCache) -> KVCache:
-        """The cache extended by this block's keys and values at noise level t: a new, detached one."""
+        """The cache extended by this block's keys and values at noise level t: a new one."""
         tokens, time = self.embed(x, t, cond, cache)
         _, layers = self.run_layers(tokens, time, cond, cache, mask=None, grid=x)
         return cache.extend(layers, num_frames=x.shape[1])

@@ -157,6 +157,19 @@ def test_the_cache_is_detached(window):
     assert not any(x.requires_grad for pair in cache.layers for x in pair)
 
 
+def test_a_cache_may_keep_its_gradient():
+    """With keeps_gradient, and in the caches that come of it, held tensors are part of the caller's graph."""
+    cache, given = KVCache(1, 2, keeps_gradient=True), []
+    for start in (0, 2):
+        given.append([tuple(x.clone().requires_grad_() for x in pair) for pair in layers_of(range(start, start + 2))])
+        cache = cache.extend(given[-1], 2)
+    assert cache.frames == (0, 2, 3)
+    sum(x.sum() for pair in cache.layers for x in pair).backward()
+    for layers, held in zip(given, ([1, 0], [1, 1]), strict=True):
+        for x in (x for pair in layers for x in pair):
+            assert x.grad.unflatten(1, (2, -1)).mean((0, 2, 3, 4)).tolist() == held
+
+
 def test_a_fresh_cache_is_empty():
     """Frame 0 comes next, nothing is held, and everything is kept unless a window is set."""
     assert KVCache() == KVCache(sink_frames=0, window_frames=None, next_frame=0, frames=(), layers=())

@@ -1,5 +1,6 @@
 """One rollout for training and inference: its numbers, its blocks, its cache, and where its gradient goes."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -406,6 +407,20 @@ def test_no_gradient_from_one_block_to_another(model):
         assert gradient is None
     (gradient,) = torch.autograd.grad(blocks[2].sum(), noise)
     assert not gradient[:, :4].any() and gradient[:, 4:].any()  # left at step 0, it is a function of its noise
+
+
+def test_a_cache_gradient_reaches_every_remembered_block(model):
+    """With cache_gradient a block pulls at the one in its window, and through it at those before; the video stays the
+    same."""
+    noise, config = start(8), RolloutConfig(frames_per_block=2, window_frames=2, cache_gradient=True)
+    kept = list(rollout(model, SCHEDULER, noise, prompt(), config, exit_step=1, rng=rng()))
+    config = replace(config, cache_gradient=False)
+    cut = list(rollout(model, SCHEDULER, noise, prompt(), config, exit_step=1, rng=rng()))
+    for a, b in zip(kept, cut, strict=True):
+        assert torch.equal(a, b)
+    reached = [torch.autograd.grad(kept[3].sum(), kept[i], retain_graph=True, allow_unused=True)[0] for i in range(3)]
+    assert all(gradient.any() for gradient in reached)  # through block 2, which remembers 1, which remembers 0
+    assert torch.autograd.grad(cut[3].sum(), cut[2], allow_unused=True) == (None,)
 
 
 @every_shape
