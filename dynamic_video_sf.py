@@ -47,8 +47,8 @@ class RolloutConfig:
 
     denoising_steps: 0..1000, falling from 1000; a trailing 0 is dropped. frames_per_block: n, or a tuple whose last
     entry repeats. context_noise: 0..1000 (not warped), the noise level at which finished blocks are remembered.
-    sink_frames, window_frames and sink_follows: see KVCache. cache_gradient lets a block's gradient reach the blocks that
-    it remembers, for comparison: the paper cuts it off.
+    sink_frames, window_frames and sink_follows: see KVCache. cache_gradient lets a block's gradient reach the blocks
+    that it remembers, for comparison: the paper cuts it off.
     """
 
     denoising_steps: tuple[float, ...] = (1000, 750, 500, 250)

@@ -7,6 +7,9 @@ command line has one of them judge everything, and the accuracy that the other s
     python metrics.py --checkpoint checkpoints/student.safetensors --seed 0 1 2 --json student.json
     python metrics.py --checkpoint real --json real.json     # the ceiling: held-out real digits
     python metrics.py --train_classifier first               # the instrument itself, 3 minutes
+
+Where a world shows several digits at a time, a tracker (digit_tracker.py) says which are where, and `evaluate_several`
+returns those metrics that need no more.
 """
 
 import argparse
@@ -29,10 +32,13 @@ from digit_classifiers import (
     load_classifier,
     make_classifier,
 )
-from moving_mnist import DIRECTIONS, MovingMNIST, WorldConfig, one_digit_prompts, parse_prompt
+from digit_tracker import load_tracker, make_tracker, track
+from moving_mnist import DIRECTIONS, Digit, MovingMNIST, WorldConfig, format_prompt, parse_prompt
 
 FAINT = 0.1  # darker pixels are not ink: a grey haze must not pull the centroid to the middle
 EMPTY_MASS = 3.0  # a frame with less ink than three white pixels is empty; the thinnest real digit has 13
+NUM_REFERENCE_CLIPS = 800  # real ones, from which the moments of their features come
+CANVAS = {1: 24, 2: 30}  # of the worlds that models of this course are trained in, by the number of digits
 WINDOW = 6  # frames of a motion window: its five steps cross the default canvas once
 MAX_OFFSET = 1.0  # pixels per axis from a box's middle to its ink's: in real digits 0.3, rarely above 1
 
@@ -67,6 +73,12 @@ def measure(videos, classifier):
     return Measured(*(value.unflatten(0, videos.shape[:2]) for value in values))
 
 
+def light_mass(videos):
+    """Mass [B, F] of the ink, in white pixels."""
+    light = brightness(videos.flatten(0, 1))
+    return (light * (light > FAINT)).sum((-2, -1)).unflatten(0, videos.shape[:2])
+
+
 def one_digit(prompts):
     """Labels [B] and headings [B, 2], (y, x) in {-1, 0, 1}; ValueError for a prompt with several digits."""
     digits = [parse_prompt(prompt) for prompt in prompts]
@@ -77,10 +89,16 @@ def one_digit(prompts):
     return torch.tensor([digit.label for (digit,) in digits]), torch.tensor(headings)
 
 
-def uniform_prompts(count):
-    """`count` one-digit prompts; about every ten hold each digit once, and every 80 each prompt once."""
-    prompts = one_digit_prompts()
-    return [prompts[9 * i % len(prompts)] for i in range(count)]  # digits are 8 apart; 9 and 80 are coprime
+def uniform_prompts(count, num_digits=1):
+    """`count` prompts; about every ten hold each digit once, and every 80 each one-digit prompt once. Of several digits
+    in a prompt, no two are alike."""
+    directions = list(DIRECTIONS)
+
+    def digit(i, k):
+        label, heading = divmod(9 * i % 80, 8)  # 9 and 80 are coprime
+        return Digit((label + k * (1 + i % 4)) % 10, directions[(heading + k * (3 * (i // 10) + i % 7)) % 8])
+
+    return [format_prompt([digit(i, k) for k in range(num_digits)]) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -92,10 +110,9 @@ class Reference:
     covariance: Tensor
     mass: Tensor
     distance: Tensor
-    num_clips: int
 
 
-def make_reference(world, classifier, num_clips=800, seed=1_000_000):
+def make_reference(world, classifier, num_clips=NUM_REFERENCE_CLIPS, seed=1_000_000):
     real = MovingMNIST(world, seed=seed, prompts=uniform_prompts(num_clips)).batch(range(num_clips))
     seen = measure(real["video"][:, ::4], classifier)  # successive frames look alike
     groups = [real["labels"][:, 0] == k for k in range(NUM_CLASSES)]
@@ -103,7 +120,6 @@ def make_reference(world, classifier, num_clips=800, seed=1_000_000):
         *moments(seen.features.flatten(0, 1)),
         mass=torch.stack([seen.mass[group].mean() for group in groups]),
         distance=torch.stack([pairwise_distance(seen.features[group]).mean() for group in groups]),
-        num_clips=num_clips,
     )
 
 
@@ -288,6 +304,63 @@ def evaluate(videos, prompts, *, world, classifier, frames_per_block=3, referenc
     return {name: curve.tolist() for name, curve in means.items() if not curve.isnan().all()}
 
 
+def evaluate_several(videos, prompts, *, world, tracker, frames_per_block=3, real_mass=None):
+    """The metrics of videos [B, F, C, H, W] in which each prompt names several digits, no two alike: digit_accuracy,
+    motion_error and speed_kept, each the mean over a video's digits as the tracker sees them, ink, and block_jump.
+
+    A digit counts as seen where it is among the frame's surest, as many as the prompt names, and sure by a third. What
+    overlaps cannot always be told apart: compare with real clips. Ink is the mass of a frame divided by real_mass, by
+    default that of real clips.
+    """
+    digits = [parse_prompt(prompt) for prompt in prompts]
+    labels = torch.tensor([[digit.label for digit in row] for row in digits])  # [b n]
+    if len(digits[0]) != world.num_digits or any(len(row.unique()) < len(row) for row in labels):
+        raise ValueError(f"name {world.num_digits} different digits in each prompt: a tracker cannot tell twins apart")
+    headings = torch.tensor([[DIRECTIONS[digit.direction] for digit in row] for row in digits]).flatten(0, 1)
+    videos = videos.clamp(-1, 1)
+    sure, place = track(tracker, videos)  # [b f 10], [b f 10 2]
+    surest = sure.topk(world.num_digits, dim=-1).indices.masked_fill(sure.amax(-1, keepdim=True) < 1 / 3, -1)
+    one_each = labels[:, None].expand(-1, videos.shape[1], -1)  # [b f n]
+    found = (surest[..., None, :] == one_each[..., None]).any(-1) & (sure.gather(-1, one_each) > 1 / 3)
+    where = place.gather(2, one_each[..., None].expand(*one_each.shape, 2))  # [b f n 2]
+    mass = light_mass(videos)
+    seen = Measured(
+        mass=mass.repeat_interleave(world.num_digits, dim=0),
+        centroid=where.movedim(2, 1).flatten(0, 1),
+        features=None,
+        classes=torch.where(found, one_each, -1).movedim(2, 1).flatten(0, 1),
+    )
+    if real_mass is None:
+        real_mass = light_mass(MovingMNIST(world, seed=1_000_000, prompts=prompts).batch(range(400))["video"]).mean()
+    curves = {
+        "digit_accuracy": digit_accuracy(seen, labels.flatten()),
+        "motion_error": motion_error(seen, headings, world),
+        "speed_kept": speed_kept(seen, headings, world),
+        "ink": mass / real_mass,
+        "block_jump": block_jump(videos, frames_per_block),
+    }
+    return {name: curve.mean(0).tolist() for name, curve in curves.items()}
+
+
+def examiner(world, frames_per_block=3, judge="first"):
+    """All that can be measured in a world, as a function (videos, prompts) -> curves: where it shows one digit, by one
+    of the classifiers, with the accuracy that the other sees as the `second_opinion`; else by the tracker."""
+    if world.num_digits > 1:
+        tracker = load_tracker()
+        return lambda videos, prompts: evaluate_several(
+            videos, prompts, world=world, tracker=tracker, frames_per_block=frames_per_block
+        )
+    classifier, other = (load_classifier(second=judge == name) for name in ("second", "first"))
+    options = {"world": world, "classifier": classifier, "frames_per_block": frames_per_block}
+    options["reference"] = make_reference(world, classifier)
+
+    def examine(videos, prompts):
+        seen_by_other = digit_accuracy(measure(videos, other), one_digit(prompts)[0])
+        return {**evaluate(videos, prompts, **options), "second_opinion": seen_by_other.mean(0).tolist()}
+
+    return examine
+
+
 def summarise(curves, train_frames, frames_per_block=3):
     """The means of each curve over the first block, the training length T, T to 3T, 7T to 8T, and each third
     of the clip; spans that the curves do not cover are left out."""
@@ -310,8 +383,9 @@ def real_videos(prompts, world, seed):
 def source(args):
     """What --checkpoint was trained with, world and frames per block, and a function (prompts, seed) -> videos."""
     if args.checkpoint == "real":
-        held_out = replace(WorldConfig(), split="validation", num_frames=args.num_frames)
-        return WorldConfig(), 3, lambda prompts, seed: real_videos(prompts, held_out, seed)
+        world = WorldConfig(num_digits=args.num_digits, canvas=CANVAS[args.num_digits])
+        held_out = replace(world, split="validation", num_frames=args.num_frames)
+        return world, 3, lambda prompts, seed: real_videos(prompts, held_out, seed)
     from generate import load_model, sample_videos  # the module itself stays a leaf; only its command line looks up
 
     loaded = load_model(args.checkpoint)
@@ -335,24 +409,20 @@ def run(args):
     for name, least in (("num_videos", 1), ("num_frames", WINDOW), ("frames_per_block", 2)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    prompts = uniform_prompts(args.num_videos)
+    prompts = uniform_prompts(args.num_videos, world.num_digits)
     if args.prompts:
         prompts = [args.prompts[i % len(args.prompts)] for i in range(args.num_videos)]
-    classifier, other = (load_classifier(second=args.classifier == name) for name in ("second", "first"))
-    options = {"world": world, "classifier": classifier, "frames_per_block": args.frames_per_block}
-    options["reference"] = make_reference(world, classifier)
-    curves = {}
-    for seed in tqdm(args.seed, desc="seeds"):
-        videos = make_videos(prompts, seed)
-        seen_by_other = digit_accuracy(measure(videos, other), one_digit(prompts)[0])
-        curves[seed] = {**evaluate(videos, prompts, **options), "second_opinion": seen_by_other.mean(0).tolist()}
-    floor = evaluate(real_videos(prompts, world, seed=2_000_000), prompts, **options)["frechet_distance"]
+    examine = examiner(world, args.frames_per_block, args.classifier)
+    curves = {seed: examine(make_videos(prompts, seed), prompts) for seed in tqdm(args.seed, desc="seeds")}
     summaries = [summarise(c, world.num_frames, args.frames_per_block) for c in curves.values()]
-    frechet = {
-        "samples_per_block": args.num_videos * args.frames_per_block,
-        "reference_clips": options["reference"].num_clips,
-        "real_against_real": float(np.mean(floor)),
-    }
+    frechet = {}
+    if world.num_digits == 1:
+        floor = examine(real_videos(prompts, world, seed=2_000_000), prompts)["frechet_distance"]
+        frechet = {
+            "samples_per_block": args.num_videos * args.frames_per_block,
+            "reference_clips": NUM_REFERENCE_CLIPS,
+            "real_against_real": float(np.mean(floor)),
+        }
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "train_classifier")}
     return {**settings, "frechet": frechet, "summary": over_seeds(summaries), "curves": curves}
 
@@ -375,7 +445,8 @@ def show(record):
     for metric, row in rows.items():
         print(f"{metric:21}" + "".join(f"{v['mean']:8.3f} {spread(v['std'])}" for v in row.values()))
     print(f"mean +- standard deviation over seeds {record['seed']}, {record['num_videos']} videos each")
-    print(f"frechet_distance of as many real clips: {frechet['real_against_real']:.3f}")
+    if frechet:
+        print(f"frechet_distance of as many real clips: {frechet['real_against_real']:.3f}")
 
 
 def main():
@@ -393,11 +464,14 @@ def main():
     parser.add_argument(
         "--classifier", choices=TRAINING, default="first", help="who judges; the other has a second_opinion"
     )
-    parser.add_argument("--train_classifier", choices=TRAINING, help="train and save one of the two instead")
+    parser.add_argument("--num_digits", type=int, choices=CANVAS, default=1, help="of real clips")
+    parser.add_argument(
+        "--train_classifier", choices=(*TRAINING, "tracker"), help="train and save one of these instead"
+    )
     args = parser.parse_args()
     try:
         if args.train_classifier:
-            return make_classifier(args.train_classifier)
+            return make_tracker() if args.train_classifier == "tracker" else make_classifier(args.train_classifier)
         record = run(args)
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
     python -m experiments.results --evaluate --only main_table/sf_dmd    # measure its shipped weights again
 
 Nothing is trained: experiments.run does that, and leaves one record per row and seed. An experiment's config says what
-is asked; what was found is said in its `found`, by people who looked.
+is asked; what was found is said in its `found`, and of single rows in `signs`, by people who looked.
 """
 
 import argparse
@@ -14,12 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.run import HERE, all_runs, load_plan, measure
-from visualization import plot_metric_curves
+from experiments.run import HERE, all_runs, experiments, load_plan, measure, unpack
+from visualization import plot_metric_curves, plot_sick_runs
 
 PAGE, FIGURES = Path("RESULTS.md"), Path("docs/results")
 T, FEW = 12, "four steps"
-SPANS = {"0-T": (0, T), "T-2T": (T, 2 * T), "3T-4T": (3 * T, 4 * T), "7T-8T": (7 * T, 8 * T)}
+SPANS = {
+    "0-T": (0, T),
+    "T-2T": (T, 2 * T),
+    "3T-4T": (3 * T, 4 * T),
+    "7T-8T": (7 * T, 8 * T),
+    "15T-16T": (15 * T, 16 * T),
+}
 SHOWN = {"digit_accuracy": 2, "frechet_distance": 1, "motion_error": 2, "ink": 2}  # digits after the point
 TOLERANCE = {"digit_accuracy": 0.05, "motion_error": 0.15, "ink": 0.05}  # other noise of arithmetic, same weights
 
@@ -27,14 +33,18 @@ Records = dict[str, list[dict]]  # row -> one record per seed, each with the cur
 
 
 def load_records(experiment: str, plan) -> Records:
-    """What has been run with the settings that the plan has now; a row that is sampled in two ways is two rows."""
+    """What has been run with the settings that the plan has now; a row that is sampled in two ways is two rows. Rows of
+    other experiments that are shown beside come first."""
+    runs = {run: run.row for run in all_runs(experiment, plan)}
+    for name, row in plan.get("beside", {}).items():
+        elsewhere, _, row = row.partition("/")
+        runs = {run: name for run in all_runs(elsewhere, load_plan(elsewhere), [row])} | runs
     found: Records = {}
-    for run in all_runs(experiment, plan):
-        if run.is_done(plan):
+    for run, name in runs.items():
+        if run.is_done(plan if run.experiment == experiment else load_plan(run.experiment)):
             record = json.loads(run.record.read_text())
             for way, curves in record["curves"].items():
-                name = run.row if way == FEW else f"{run.row}, {way}"
-                found.setdefault(name, []).append(record | {"curves": curves})
+                found.setdefault(name if way == FEW else f"{name}, {way}", []).append(record | {"curves": curves})
     return {name: found[name] for name in sorted(found, key=lambda name: (", " in name, list(found).index(name)))}
 
 
@@ -65,12 +75,14 @@ def cell(values: np.ndarray, digits: int) -> str:
 
 def table(records: Records) -> str:
     """Mean and standard deviation over seeds: every shown metric over every span, and what a run cost."""
-    heads = [f"{metric.replace('_', ' ')} {span}" for metric in SHOWN for span in SPANS]
+    lengths = [len(record["curves"]["ink"]) for own in records.values() for record in own]
+    spans = [span for span, (_, end) in SPANS.items() if end <= max(lengths)]
+    heads = [f"{metric.replace('_', ' ')} {span}" for metric in SHOWN for span in spans]
     lines = ["| | seeds | " + " | ".join(heads) + " | evaluations | minutes |", "|---" * (len(heads) + 4) + "|"]
     for row, own in records.items():
-        cells = [cell(span_means(own, metric, span), SHOWN[metric]) for metric in SHOWN for span in SPANS]
-        cost = np.mean([record["evaluations"] for record in own])
-        minutes = np.mean([record["seconds"] for record in own]) / 60
+        cells = [cell(span_means(own, metric, span), SHOWN[metric]) for metric in SHOWN for span in spans]
+        cost = np.mean([record.get("evaluations", 0) for record in own])
+        minutes = np.mean([record.get("seconds", 0) for record in own]) / 60
         lines.append(f"| {row} | {len(own)} | " + " | ".join(cells) + f" | {cost:,.0f} | {minutes:.0f} |")
     return "\n".join(lines)
 
@@ -93,22 +105,18 @@ def section(experiment: str) -> str:
     records = load_records(experiment, plan)
     if not records:
         return ""
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    curves = {
-        row: {name: np.array([record["curves"][name] for record in own]) for name in own[0]["curves"]}
-        for row, own in records.items()
-    }
-    figure = FIGURES / f"{experiment}.png"
-    plot_metric_curves(curves, figure, T, plan.title, ["digit_accuracy", "frechet_distance", "motion_error", "ink"])
+    draw = sick_figure if "stills" in plan else curves_figure
     machines = sorted({record["machine"]["processor"] for own in records.values() for record in own})
+    signs = [f"- **{row}**: {' '.join(sign.split())}" for row, sign in plan.get("signs", {}).items()]
     return "\n\n".join(
         [
             f"## {plan.title}",
             " ".join(plan.asks.split()),
-            f"![{plan.title}: metrics over the frame index]({figure})",
+            draw(experiment, plan, records),
             table(records),
             differences(records),
             " ".join(plan.get("found", "").split()),
+            *(["\n".join(signs)] if signs else []),
             f"`python -m experiments.run {experiment}`; {plan.evaluation[FEW].num_videos} videos per run, noise seed "
             f"1000 plus the training seed; one thread of {', '.join(machines)}. Settings: "
             f"`experiments/{experiment}.yaml`.",
@@ -116,8 +124,51 @@ def section(experiment: str) -> str:
     )
 
 
+def curves_figure(experiment: str, plan, records: Records) -> str:
+    """Every metric over the frame index; of all rows, or those that the plan wants to be seen."""
+    curves = {
+        row: {name: np.array([record["curves"][name] for record in own]) for name in own[0]["curves"]}
+        for row, own in records.items()
+        if row in plan.get("figure", records)
+    }
+    path = FIGURES / f"{experiment}.png"
+    plot_metric_curves(curves, path, T, plan.title, ["digit_accuracy", "frechet_distance", "motion_error", "ink"])
+    return f"![{plan.title}: metrics over the frame index]({path})"
+
+
+def sick_figure(experiment: str, plan, records: Records) -> str:
+    """What the first seed of every row makes, and what its log shows, beside the first row's."""
+    seen = {row: (unpack(own[0]["stills"]), own[0]["log"]) for row, own in records.items()}
+    path = FIGURES / f"{experiment}.png"
+    plot_sick_runs(seen, path, plan.stills.every, plan.title)
+    return f"![{plan.title}: videos, and signs in the log]({path})"
+
+
+def mixture_section() -> str:
+    """The two-dimensional experiment, which has a record and a figure of its own."""
+    path = HERE / "records" / "gaussian_mixture.json"
+    if not path.exists():
+        return ""
+    record = json.loads(path.read_text())
+    rows = [f"| {row} | {x['on_target']:.2f} | {x['share_error']:.2f} |" for row, x in record["distilled"].items()]
+    between = [f"{share:.2f} after those of a {name}" for name, share in record["between_the_modes"].items()]
+    return "\n\n".join(
+        [
+            "## In two dimensions, where every teacher is exact",
+            "The same loss functions on a mixture of four Gaussians, whose score is a formula. A one-step student is "
+            "trained with DMD, SiD and a GAN, and with DMD whose critic stands still. Below: a causal student's first "
+            "frame after regression on ODE pairs, of data whose two frames are both -1 or both 1.",
+            f"![Points of each student as training goes on, and first frames]({FIGURES}/gaussian_mixture.png)",
+            "\n".join(["| | within 3 sigma of a mean | shares off by |", "|---|---|---|", *rows]),
+            f"Share of first frames that lie between the two values: {', '.join(between)}.",
+            f"`{record['command']}`, one seed, on {record['machine']['processor']}.",
+        ]
+    )
+
+
 def write_page() -> None:
-    sections = [section(path.stem) for path in sorted(HERE.glob("*.yaml"))]
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    sections = [*(section(name) for name in experiments()), mixture_section()]
     head = (
         "# Results\n\nWritten by `make results` from the records of the runs in `experiments/records/`. T is the "
         f"training length, {T} frames. Numbers are means over training seeds ± their standard deviation; rows are said "
@@ -132,11 +183,11 @@ def evaluate_again(name: str) -> None:
     """Roll a row out from its shipped weights; exit with an error where it leaves the range of its record."""
     experiment, _, row = name.partition("/")
     plan = load_plan(experiment)
-    (run, *_) = all_runs(experiment, plan, [row])
+    (run, *_) = all_runs(experiment, plan, [row], plan.seeds[:1])
     weights = HERE / "weights" / experiment / f"{row}.safetensors"
     if not weights.exists() or not run.record.exists():
         raise ValueError(f"{name} ships no weights, or has no record: run experiments.run {experiment} --only {row}.")
-    then, now = json.loads(run.record.read_text())["curves"][FEW], measure(weights, plan, run)[FEW]
+    then, now = json.loads(run.record.read_text())["curves"][FEW], measure(weights, plan, run)["curves"][FEW]
     off = []
     for metric, tolerance in TOLERANCE.items():
         for span in SPANS:

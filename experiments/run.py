@@ -1,20 +1,27 @@
 """Train and measure what an experiment lists, one record for each row and seed: python -m experiments.run two_by_two
 
     python -m experiments.run two_by_two --only own_last --seeds 0 1 --workers 2 [--again]
+    python -m experiments.run                    # what is missing of all experiments
 
-An experiment is experiments/NAME.yaml: rows of overrides for train.py, on top of what they have in common. A run
-trains in logs/experiments/NAME/ROW/seed_K, where it can be interrupted and goes on, and leaves
-experiments/records/NAME/ROW_K.json; what has a record of these very settings is not run again. A worker has one thread.
+An experiment is experiments/NAME.yaml: rows of overrides for train.py, on top of what they have in common, or a
+checkpoint that is only measured. A run trains in logs/experiments/NAME/ROW/seed_K, where it can be interrupted and goes
+on, and leaves experiments/records/NAME/ROW_K.json; what has a record of these very settings is not run again. A worker
+has one thread.
 """
 
 import argparse
+import base64
+import csv
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -24,6 +31,7 @@ from experiments.ship import fingerprint
 
 HERE = Path(__file__).parent
 NOISE_SEED = 1000  # plus the training seed: no video of an experiment shares its noise with another
+SIGNS = ("critic_flow_error_t0.50", "score_distance", "generator_grad_norm", "sample_ink")  # kept of a run's log
 
 
 @dataclass(frozen=True)
@@ -49,22 +57,32 @@ class Run:
     def is_done(self, plan) -> bool:
         """Whether there is a record of these settings and of the weights that ship now."""
         evaluation = OmegaConf.to_container(plan.evaluation)
-        wanted = {"overrides": self.overrides(plan), "weights": weights(), "evaluation": evaluation}
+        wanted = {"overrides": self.overrides(plan), "weights": weights(plan), "evaluation": evaluation}
         return self.record.exists() and wanted.items() <= json.loads(self.record.read_text()).items()
 
 
+def weights(plan) -> dict[str, str]:
+    """Which shipped weights the rows start from, or are."""
+    names = [plan.checkpoint] if "checkpoint" in plan else ["checkpoints/teacher", "checkpoints/init"]
+    return {name: shipped(name) for name in names}
+
+
 @lru_cache
-def weights() -> dict[str, str]:
-    """Which weights the rows start from."""
-    return {name: fingerprint(f"checkpoints/{name}.safetensors") for name in ("teacher", "init")}
+def shipped(name: str) -> str:
+    return fingerprint(f"{name}.safetensors")
+
+
+def experiments() -> list[str]:
+    """All of them, in the order in which the page shows them."""
+    plans = {path.stem: OmegaConf.load(path) for path in sorted(HERE.glob("*.yaml"))}
+    return sorted(plans, key=lambda name: plans[name].get("place", len(plans)))
 
 
 def load_plan(experiment: str):
     """experiments/NAME.yaml. Raises ValueError for a name that is none."""
     path = HERE / f"{experiment}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(each.stem for each in HERE.glob("*.yaml")))
-        raise ValueError(f"There is no experiment {experiment}; known are {known}.")
+        raise ValueError(f"There is no experiment {experiment}; known are {', '.join(experiments())}.")
     return OmegaConf.load(path)
 
 
@@ -77,61 +95,115 @@ def all_runs(experiment: str, plan, rows=(), seeds=()) -> list[Run]:
 
 def execute(run: Run, plan) -> None:
     """Train, measure and write the record of one run, in this process."""
-    import csv
-
     import torch
 
-    from checkpoint import atomic, load_checkpoint
+    from checkpoint import atomic
     from run_folder import machine
-    from train import main as train
 
     torch.set_num_threads(1)
-    overrides = run.overrides(plan)
-    checkpoint = train(overrides) if not finished(run) else run.folder / "checkpoint_final.pt"
-    state = load_checkpoint(checkpoint)
-    with (run.folder / "metrics.csv").open(newline="") as file:
-        evaluations = sum(float(row["evaluations"]) for row in csv.DictReader(file))
-
+    checkpoint = Path(f"{plan.checkpoint}.safetensors") if "checkpoint" in plan else trained(run, plan)
     record = {
-        "overrides": overrides,
-        "weights": weights(),
-        "steps": state["step"],
-        "seconds": round(state["seconds"]),
-        "evaluations": evaluations,
+        "overrides": run.overrides(plan),
+        "weights": weights(plan),
+        **({} if "checkpoint" in plan else costs(run)),
         "machine": machine(),
         "noise_seed": NOISE_SEED + run.seed,
         "evaluation": OmegaConf.to_container(plan.evaluation),
-        "curves": measure(checkpoint, plan, run),
+        **measure(checkpoint, plan, run),
     }
     with atomic(run.record) as temporary:
         temporary.write_text(json.dumps(record) + "\n")
+    if plan.get("ships") and run.seed == plan.seeds[0]:
+        ship_row(checkpoint, run)
 
 
-def measure(checkpoint: Path, plan, run: Run) -> dict[str, dict[str, list[float]]]:
-    """Every metric over the frame index, for each of the plan's ways to sample this row."""
-    ways = {way: dict(options) for way, options in plan.evaluation.items()}
+def trained(run: Run, plan) -> Path:
+    """The checkpoint of a run, after what its row has to prepare."""
+    from train import main as train
+
+    for command in plan.get("prepare", {}).get(run.row, []):
+        made = re.search(r"training.output_dir=(\S+)", command)  # train.py would begin a finished run anew
+        if not (made and (Path(made[1]) / "checkpoint_final.pt").exists()):
+            subprocess.run([sys.executable, *shlex.split(command)], check=True)
+    return run.folder / "checkpoint_final.pt" if finished(run) else train(run.overrides(plan))
+
+
+def costs(run: Run) -> dict:
+    """Steps, seconds and network evaluations of a run, of all its stages, and the signs that its log shows."""
+    logs = []
+    for path in sorted(run.folder.rglob("metrics.csv")):
+        with path.open(newline="") as file:
+            logs.append(list(csv.DictReader(file)))
     return {
-        way: measure_one(checkpoint, run.seed, **options)
-        for way, options in ways.items()
-        if run.row in options.pop("rows", plan.rows)
+        "steps": sum(int(log[-1]["step"]) for log in logs),
+        "seconds": round(sum(float(log[-1]["seconds"]) for log in logs)),
+        "evaluations": sum(float(row["evaluations"]) for log in logs for row in log),
+        "log": {sign: [round(float(row[sign]), 5) if row.get(sign) else None for row in logs[-1]] for sign in SIGNS},
     }
 
 
-def measure_one(checkpoint: Path, seed: int, *, num_videos: int, num_frames: int, num_steps: int = 0, **options):
-    """Metrics of videos of all prompts; num_steps: of an ODE, instead of the student's few."""
+def ship_row(checkpoint: Path, run: Run) -> None:
+    """The row's weights in bfloat16, with what has to be known of them to measure them again."""
+    import torch
+
+    from checkpoint import load_weights, save_weights
+
+    loaded = load_weights(checkpoint)
+    record = {"config": loaded.config, "record": run.record.name}
+    save_weights(
+        HERE / "weights" / run.experiment / f"{run.row}.safetensors", loaded.state_dict, record, torch.bfloat16
+    )
+
+
+def measure(checkpoint: Path, plan, run: Run) -> dict[str, dict]:
+    """ "curves": every metric over the frame index, for each of the plan's ways to sample this row; where the plan asks
+    for stills, "stills" too: frames of the first videos."""
+    found = {"curves": {}}
+    for way, options in plan.evaluation.items():
+        options = dict(options)
+        if run.row in options.pop("rows", plan.rows):
+            found["curves"][way], videos = measure_one(checkpoint, run.seed, **options)
+            if "stills" in plan:
+                found.setdefault("stills", pack(videos[: plan.stills.num_videos, :: plan.stills.every]))
+    return found
+
+
+def measure_one(
+    checkpoint, seed, *, num_videos: int, num_frames: int, num_steps: int = 0, rollout=None, switch=None, **options
+):
+    """Metrics of videos of all prompts, and the videos; num_steps: of an ODE, instead of the student's few. rollout:
+    what to change of the RolloutConfig. switch: see switching.py, instead of sample_videos."""
     import metrics
+    from experiments.switching import switched_videos
     from generate import load_model, sample_videos
     from ode_pairs import grid
 
     if num_steps:
         options |= {"denoising_steps": grid(num_steps), "fresh_noise": 0.0}
-    loaded, prompts = load_model(checkpoint), metrics.uniform_prompts(num_videos)
-    judge, other = (metrics.load_classifier(second=second) for second in (False, True))
-    videos = sample_videos(loaded, prompts, num_frames, seed=NOISE_SEED + seed, **options)
-    curves = metrics.evaluate(videos, prompts, world=loaded.world, classifier=judge)
-    seen = metrics.digit_accuracy(metrics.measure(videos, other), metrics.one_digit(prompts)[0])
-    curves["second_opinion"] = seen.mean(0).tolist()
-    return {name: [round(x, 4) for x in curve] for name, curve in curves.items()}
+    loaded = load_model(checkpoint)
+    prompts = metrics.uniform_prompts(num_videos, loaded.world.num_digits)
+    sampling = replace(loaded.sampling, rollout=replace(loaded.sampling.rollout, **(rollout or {})))
+    loaded = replace(loaded, sampling=sampling)
+    make_videos = partial(switched_videos, **switch) if switch else partial(sample_videos, **options)
+    videos = make_videos(loaded, prompts, num_frames, seed=NOISE_SEED + seed)
+    curves = metrics.examiner(loaded.world)(videos, prompts)
+    return {name: [round(x, 4) for x in curve] for name, curve in curves.items()}, videos
+
+
+def pack(videos) -> dict:
+    """Videos as text, to draw them from a record."""
+    from generate import to_pixels
+
+    pixels = to_pixels(videos)
+    return {"shape": list(pixels.shape), "zlib": base64.b64encode(zlib.compress(pixels.tobytes(), 9)).decode()}
+
+
+def unpack(packed: dict):
+    """What `pack` was given, in [-1, 1]."""
+    import torch
+
+    pixels = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(packed["zlib"]))), dtype=torch.uint8)
+    return pixels.view(packed["shape"]) / 127.5 - 1
 
 
 def finished(run: Run) -> bool:
@@ -168,23 +240,30 @@ def in_process(run: Run) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("experiment")
+    parser.add_argument("experiment", nargs="?", help="by default all")
     parser.add_argument("--only", nargs="*", default=[], metavar="ROW")
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time; 0: one, in here")
     parser.add_argument("--again", action="store_true", help="train anew what has a record")
     args = parser.parse_args()
-    plan = load_plan(args.experiment)
-    runs = all_runs(args.experiment, plan, args.only, args.seeds)
-    if args.again:
-        forget(runs, plan)
-    missing = [run for run in runs if not run.is_done(plan)]
-    if args.workers == 0:
+    for experiment in [args.experiment] if args.experiment else experiments():
+        plan = load_plan(experiment)
+        runs = all_runs(experiment, plan, args.only, args.seeds)
+        if args.again:
+            forget(runs, plan)
+        run_all([run for run in runs if not run.is_done(plan)], plan, args.workers)
+
+
+def run_all(missing: list[Run], plan, workers: int) -> None:
+    """Exits with an error if a run fails, when the others are done."""
+    if not missing:
+        return
+    if workers == 0:
         for run in missing:
             execute(run, plan)
         return
-    with ThreadPoolExecutor(args.workers) as pool:
-        codes = list(tqdm(pool.map(in_process, missing), total=len(missing), desc=args.experiment, unit="run"))
+    with ThreadPoolExecutor(workers) as pool:
+        codes = list(tqdm(pool.map(in_process, missing), total=len(missing), desc=missing[0].experiment, unit="run"))
     if failed := [run for run, code in zip(missing, codes, strict=True) if code]:
         sys.exit("Failed: " + ", ".join(f"{run.folder}.log" for run in failed))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-ENTRY = ("train", "generate", "settings", "run_folder")  # the command lines and what is theirs alone
+ENTRY = ("train", "generate", "attention_maps", "settings", "run_folder")  # the command lines and what is theirs alone
 ALGORITHM = ("randomness", "flow_match", "kv_cache", "parametrisation", "tiny_causal_wan", "dynamic_video_sf")
 LEAVES = {"randomness": set(), "kv_cache": set(), "parametrisation": set(), "flow_match": {"randomness"}}
 COMMAND_LINES = {"main", "_self_check"}  # functions that may look up and print

@@ -11,6 +11,11 @@ from tiny_runs import TINY, make_weights
 from checkpoint import load_weights, save_weights
 from experiments import results, run
 from experiments.run import Run, all_runs, execute, load_plan
+from experiments.sick import RoundedWeights, StaleCache
+from experiments.switching import CACHES, another_digit, switched_videos
+from generate import load_model
+from kv_cache import KVCache
+from tiny_causal_wan import TinyCausalWanModel, WanConfig
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def laboratory(tmp_path, monkeypatch):
     for module in (run, results):
         monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "weights", lambda: {"init": "a"})
+    monkeypatch.setattr(run, "shipped", lambda name: "a")
     return tmp_path
 
 
@@ -51,7 +56,7 @@ def test_a_run_leaves_a_record_once(laboratory, monkeypatch):
     assert one.is_done(plan) and not Run("tiny", "own", 0).is_done(plan)
     other = OmegaConf.merge(plan, {"evaluation": {"four steps": {"num_videos": 8}}})
     assert not one.is_done(other)
-    monkeypatch.setattr(run, "weights", lambda: {"init": "b"})
+    monkeypatch.setattr(run, "shipped", lambda name: "b")
     assert not one.is_done(plan)
 
 
@@ -66,6 +71,122 @@ def test_measuring_does_not_train_again(laboratory, monkeypatch):
     monkeypatch.setattr(train, "main", lambda overrides: pytest.fail("trained again"))
     execute(one, plan)
     assert json.loads(one.record.read_text())["curves"] == json.loads(before)["curves"]
+
+
+def test_a_checkpoint_is_only_measured(laboratory, monkeypatch):
+    """A plan that names one trains nothing; what it changes of the rollout changes the videos."""
+    plan = load_plan("tiny")
+    execute(Run("tiny", "own", 0), plan)
+    weights = load_weights(Run("tiny", "own", 0).folder / "checkpoint_final.pt")
+    save_weights(laboratory / "student.safetensors", weights.state_dict, {"config": weights.config})
+    few = plan.evaluation["four steps"]
+    ways = {"four steps": few, "twice": few, "no past": {**few, "rollout": {"window_frames": 0}}}
+    plan = OmegaConf.create(
+        {"checkpoint": str(laboratory / "student"), "rows": {"student": []}, "common": [], "evaluation": ways}
+    )
+    import train
+
+    monkeypatch.setattr(train, "main", lambda overrides: pytest.fail("trained"))
+    one = Run("longer", "student", 0)
+    execute(one, plan)
+    record = json.loads(one.record.read_text())
+    assert "steps" not in record and record["curves"]["four steps"] == record["curves"]["twice"]
+    assert record["curves"]["four steps"]["ink"][:2] == record["curves"]["no past"]["ink"][:2]  # the first block
+    assert record["curves"]["four steps"]["ink"] != record["curves"]["no past"]["ink"]
+    assert one.is_done(plan)
+
+
+def test_a_switch_changes_the_prompt_and_what_is_done_about_the_cache(laboratory):
+    """The same video up to the switch, whatever is done then; kept, new and empty caches all go on differently."""
+    make_weights(laboratory)
+    loaded = load_model(laboratory / "start.safetensors")
+    prompts = ["a 3 moving right", "a 8 moving up"]
+    assert [another_digit(prompt) for prompt in prompts] == ["a 6 moving right", "a 1 moving up"]
+    seen = [switched_videos(loaded, prompts, 12, 5, at=6, cache=cache) for cache in CACHES]
+    for video in seen:
+        assert video.shape == (2, 12, 1, 24, 24) and torch.equal(video[:, :6], seen[0][:, :6])
+    assert len({video[:, 6:].sum().item() for video in seen}) == 3
+    with pytest.raises(ValueError, match="cache must be one of kept, anew, emptied, got 'lost'."):
+        switched_videos(loaded, prompts, 12, 5, at=6, cache="lost")
+
+
+def test_what_a_row_needs_is_prepared_once(laboratory, monkeypatch):
+    """Commands run in order before training; one whose run is finished does not begin anew."""
+    plan, called = load_plan("tiny"), []
+    made = laboratory / "init"
+    commands = ["ode_pairs.py --num_pairs 8", f"train.py stage=init training.output_dir={made}"]
+    plan = OmegaConf.merge(plan, {"prepare": {"own": commands}})
+    monkeypatch.setattr(run.subprocess, "run", lambda command, check: called.append(command[1]))
+    monkeypatch.setattr(run, "finished", lambda one: True)
+    run.trained(Run("tiny", "own", 0), plan)
+    made.mkdir()
+    (made / "checkpoint_final.pt").touch()
+    run.trained(Run("tiny", "own", 0), plan)
+    run.trained(Run("tiny", "data", 0), plan)
+    assert called == ["ode_pairs.py", "train.py", "ode_pairs.py"]
+
+
+def test_stills_and_signs_of_a_run_make_a_gallery(laboratory):
+    """A record holds a few frames and its log: the page shows them without videos or weights at hand."""
+    plan = OmegaConf.merge(
+        load_plan("tiny"), {"stills": {"num_videos": 2, "every": 3}, "signs": {"own": "It is fine."}}
+    )
+    plan.evaluation.pop("many")
+    (laboratory / "tiny.yaml").write_text(OmegaConf.to_yaml(plan))
+    for row in ("own", "data"):
+        execute(Run("tiny", row, 0), plan)
+    record = json.loads(Run("tiny", "own", 0).record.read_text())
+    videos = run.unpack(record["stills"])
+    assert videos.shape == (2, 4, 1, 24, 24) and -1 <= videos.min() < videos.max() <= 1
+    assert torch.equal(run.unpack(run.pack(videos)), videos)
+    assert set(record["log"]) == set(run.SIGNS) and len(record["log"]["score_distance"]) == 1
+    results.write_page()
+    page = (laboratory / "RESULTS.md").read_text()
+    assert "- **own**: It is fine." in page
+    assert (laboratory / "docs" / "results" / "tiny.png").stat().st_size > 10_000
+
+
+def test_one_seed_of_every_row_ships(laboratory):
+    """In bfloat16, where the plan says so: measured again they are in the range of their record."""
+    plan = OmegaConf.merge(load_plan("tiny"), {"ships": True})
+    for seed in (0, 1):
+        execute(Run("tiny", "own", seed), plan)
+    (path,) = (laboratory / "weights").rglob("*.safetensors")
+    assert path.stem == "own"
+    shipped = load_weights(path)
+    assert {x.dtype for x in shipped.state_dict.values()} == {torch.bfloat16}
+    for name, x in load_weights(Run("tiny", "own", 0).folder / "checkpoint_final.pt").state_dict.items():
+        torch.testing.assert_close(shipped.state_dict[name].float(), x, rtol=2**-7, atol=1e-6)
+    results.evaluate_again("tiny/own")
+
+
+def test_rows_of_another_experiment_are_shown_beside(laboratory):
+    """Under the name that this plan gives them, first, and without being run again."""
+    plan = load_plan("tiny")
+    fake_record(Run("tiny", "own", 0), plan, 0.5)
+    other = OmegaConf.merge(plan, {"beside": {"base": "tiny/own"}, "title": "Other"})
+    other.evaluation.pop("many")
+    (laboratory / "other.yaml").write_text(OmegaConf.to_yaml(other))
+    fake_record(Run("other", "data", 0), other, 0.7)
+    assert list(results.load_records("other", other)) == ["base", "data", "base, many"]
+
+
+def test_a_faulty_model_has_its_fault_and_no_other(laboratory):
+    """Rounded weights are those of bfloat16 after every use; a stale cache holds the keys of the noisy last call."""
+    torch.manual_seed(0)
+    config = WanConfig("t2v", 1, 1, 64, 128, 2, 2, (1, 6, 6), 64, 4)
+    rounded, stale, sound = RoundedWeights(config), StaleCache(config), TinyCausalWanModel(config)
+    x, cond = torch.randn(1, 3, 1, 12, 12), {"prompt_embeds": torch.randn(1, 4, 64)}
+    rounded(x, 0.5, cond).sum().backward()
+    for p in rounded.parameters():
+        assert p.dtype == torch.float32 and torch.equal(p, p.bfloat16().float())
+    stale.load_state_dict(sound.state_dict())
+    noisy = torch.randn_like(x)
+    assert torch.equal(stale(noisy, 0.6, cond, KVCache()), sound(noisy, 0.6, cond, KVCache()))
+    (kept,), (right,) = (
+        [m.layers[0][0]] for m in (stale.remember(x, 0.0, cond, KVCache()), sound.remember(noisy, 0.6, cond, KVCache()))
+    )
+    assert torch.equal(kept, right)
 
 
 def test_training_again_begins_anew_and_then_goes_on(laboratory):
@@ -95,7 +216,7 @@ def fake_record(one, plan, accuracy):
     curves = {name: [accuracy] * 96 for name in results.SHOWN}
     short = {"many": {name: curve[:24] for name, curve in curves.items()}} if one.row == "own" else {}
     record = {
-        "overrides": one.overrides(plan), "weights": run.weights(), "seconds": 60, "evaluations": 1234.0,
+        "overrides": one.overrides(plan), "weights": run.weights(plan), "seconds": 60, "evaluations": 1234.0,
         "evaluation": OmegaConf.to_container(plan.evaluation), "machine": {"processor": "abacus"},
         "curves": {"four steps": curves} | short,
     }  # fmt: skip

@@ -9,7 +9,7 @@ from torch import nn
 
 from dynamic_video_sf import RolloutConfig, rollout
 from flow_match import FlowMatchScheduler
-from full_scale.wan import WAN_CONFIGS
+from full_scale.wan import WAN_CONFIGS, diffusers_name
 from kv_cache import KVCache, block_sizes
 from randomness import generator, generators, rand, randn
 from tiny_causal_wan import (
@@ -68,31 +68,6 @@ def assert_close(a, b, atol=1e-5):
 
 # ------------------------------------------------------------------------------------------------ Wan's own numbers
 
-RENAMES = {  # ours (Wan's) -> diffusers', in this order
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
-    "head.modulation": "scale_shift_table",
-    "head.head": "proj_out",
-    "modulation": "scale_shift_table",
-    "norm3": "norm2",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-    "norm_k_img": "norm_added_k",
-    "k_img": "add_k_proj",
-    "v_img": "add_v_proj",
-    "self_attn": "attn1",
-    "cross_attn": "attn2",
-    **{f".{name}.": f".to_{name}." for name in "qkv"},
-    ".o.": ".to_out.0.",
-}
-
 
 def in_diffusers(model):
     """diffusers' WanTransformer3DModel with the weights of `model`."""
@@ -109,12 +84,7 @@ def in_diffusers(model):
         image_dim=1280 if i2v else None,
         added_kv_proj_dim=config.dim if i2v else None,
     )
-    weights = {}
-    for key, value in model.state_dict().items():
-        for ours, name in RENAMES.items():
-            key = key.replace(ours, name)
-        weights[key] = value
-    theirs.load_state_dict(weights)
+    theirs.load_state_dict({diffusers_name(name): x for name, x in model.state_dict().items()})
     return theirs
 
 

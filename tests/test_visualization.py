@@ -44,6 +44,7 @@ FILM = video(3, 24, 1, 8, 8)
 PAST = np.tri(4, dtype=bool).repeat(3, 0).repeat(3, 1)
 FORCING = np.block([[PAST, np.zeros_like(PAST)], [PAST & ~np.eye(4, dtype=bool).repeat(3, 0).repeat(3, 1), PAST]])
 HELD = [range(3), range(6), range(9), [0, 1, 2, *range(6, 12)]]
+LOG = {"critic_error": [0.2, None, 0.1], "score_distance": [1e-3, 10.0, 0.5]}
 PICTURES = {
     "film": lambda path=None: viz.film_strip(
         FILM, path, labels=["a 3 moving right", "teacher", "real"], train_frames=12, frames_per_block=3
@@ -61,6 +62,10 @@ PICTURES = {
     "query": lambda path=None: viz.show_mask(PAST[-3:], path, frames_per_block=3),
     "metrics": lambda path=None: viz.plot_metric_curves(curves(), path, train_frames=12, title="Long videos"),
     "metric": lambda path=None: viz.plot_metric_curves(curves(), path, train_frames=12, metrics=["speed"]),
+    "maps": lambda path=None: viz.show_frame_attention(torch.rand(4, 9, 9).tril(), path, block_sizes=[1, 4, 4]),
+    "bars": lambda path=None: viz.plot_last_block(torch.rand(4, 9), path, block_sizes=[1, 4, 4]),
+    "sinks": lambda path=None: viz.plot_sink_scores(torch.rand(6, 4), path),
+    "sick": lambda path=None: viz.plot_sick_runs({"healthy": (FILM, LOG), "sick": (FILM, LOG)}, path, 3, "Sick runs"),
     "diagram": lambda path=None: viz.create_algorithm_diagram(path),
 }
 

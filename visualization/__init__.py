@@ -5,9 +5,11 @@ Figure that pyplot does not know: a notebook shows it by itself, a script saves 
 nothing is left open.
 """
 
+from visualization.attention import plot_last_block, plot_sink_scores, show_frame_attention
 from visualization.curves import plot_metric_curves
 from visualization.diagram import create_algorithm_diagram
 from visualization.film import film_strip, visualize_autoregressive_generation, visualize_denoising_process
+from visualization.gallery import plot_sick_runs
 from visualization.memory import show_cache, show_mask, visualize_kv_cache_growth
 from visualization.video_files import create_video_gif, save_video, save_video_grid
 
@@ -15,10 +17,14 @@ __all__ = [
     "create_algorithm_diagram",
     "create_video_gif",
     "film_strip",
+    "plot_last_block",
     "plot_metric_curves",
+    "plot_sick_runs",
+    "plot_sink_scores",
     "save_video",
     "save_video_grid",
     "show_cache",
+    "show_frame_attention",
     "show_mask",
     "visualize_autoregressive_generation",
     "visualize_denoising_process",

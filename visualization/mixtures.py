@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from visualization.style import BLUE, FAINT, TITLE, VERMILLION, finish, panels, styled
+from visualization.style import BLUE, FAINT, HEADING, TITLE, VERMILLION, finish, panels, styled
 
 
 @styled
@@ -16,10 +16,12 @@ def plot_mixtures(data: Tensor, points: dict[str, list[Tensor]], steps, firsts: 
         for ax, step, seen in zip(row, steps, snapshots, strict=True):
             ax.scatter(*data.T.numpy(), s=2, color=FAINT, linewidths=0, label="data")
             ax.scatter(*seen.T.numpy(), s=2, color=BLUE, linewidths=0, label="student")
-            ax.set(title=f"{name}: step {step}", xlim=(-2, 2), ylim=(-2, 2), aspect="equal", xticks=[], yticks=[])
+            ax.set(title=f"step {step}", xlim=(-2, 2), ylim=(-2, 2), aspect="equal", xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=HEADING, fontweight="bold")
     for ax, (name, values), color in zip(axes[-1], firsts.items(), (VERMILLION, BLUE), strict=False):
         ax.hist(values.numpy(), bins=np.linspace(-1.5, 1.5, 41), color=color)
-        ax.set(title=f"ODE pairs, {name}", xlabel="first frame", yticks=[])
+        ax.set(title=name, xlabel="first frame", yticks=[])
+    axes[-1][0].set_ylabel("ODE pairs", fontsize=HEADING, fontweight="bold")
     for ax in axes[-1][len(firsts) :]:
         ax.remove()
     fig.suptitle("One-step students of an exact teacher, and first frames of a causal one", size=TITLE, weight="bold")

@@ -1,0 +1,139 @@
+"""The instrument for several digits in one frame: where each of the ten digits is, if it is there at all.
+
+A small network draws a map of the canvas for every digit, bright where its middle is (CenterNet, arXiv 1904.07850). It
+is trained on real digits that no model of this course ever sees, two or more at a time, overlapping by `max`:
+`python metrics.py --train_classifier tracker`.
+"""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoint import fill, load_weights, save_weights
+from digit_classifiers import CHECKPOINTS, NUM_CLASSES, brightness, distorted
+from moving_mnist import WorldConfig, sprites
+
+TRAINING = {"num_steps": 2500, "batch_size": 48, "lr": 4e-3, "seed": 0}  # ten minutes on two cores
+SPREAD = 1.0  # pixels: the width of a digit's mark on its map
+
+
+class DigitTracker(nn.Module):
+    """Frames [N, C, H, W] in [-1, 1] -> maps [N, 10, H, W], logits; knows digits of 14 pixels on any canvas."""
+
+    split, dim, dilations = "classifier", 40, (1, 2, 4, 1, 2, 4, 1)
+
+    def __init__(self):
+        super().__init__()
+        sizes = [1, *[self.dim] * len(self.dilations)]
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            for a, b, d in zip(sizes, sizes[1:], self.dilations, strict=False)
+        )
+        self.head = nn.Conv2d(self.dim, NUM_CLASSES, 1)
+        nn.init.constant_(self.head.bias, -4.0)  # most places are no digit's middle
+
+    def forward(self, frames: Tensor) -> Tensor:
+        x = self.layers[0](brightness(frames)[:, None])
+        for layer in self.layers[1:]:
+            x = x + layer(x)
+        return self.head(x)
+
+
+@torch.no_grad()
+def track(tracker: DigitTracker, videos: Tensor) -> tuple[Tensor, Tensor]:
+    """How sure the tracker is of each digit, [B, F, 10] in [0, 1], and where its middle would be, [B, F, 10, 2] (y, x)
+    in pixels: the highest place of its map, moved to the mean of the map around it."""
+    maps = torch.cat([tracker(chunk).sigmoid() for chunk in videos.flatten(0, 1).split(512)])  # [n 10 h w]
+    n, _, _, width = maps.shape
+    sure, at = maps.flatten(2).max(-1)
+    peak = torch.stack([at // width, at % width], dim=-1)  # [n 10 2]
+    side = torch.arange(-2, 3)
+    around = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)  # [25 2]
+    y, x = (peak[:, :, None] + around + 2).unbind(-1)  # [n 10 25], on maps with a margin of two
+    rows, digits = torch.arange(n)[:, None, None], torch.arange(NUM_CLASSES)[:, None]
+    weight = F.pad(maps, (2, 2, 2, 2))[rows, digits, y, x]
+    shift = (weight[..., None] * around).sum(2) / weight.sum(2)[..., None]
+    return sure.unflatten(0, videos.shape[:2]), (peak + shift).unflatten(0, videos.shape[:2])
+
+
+def load_tracker(path: str | Path | None = None) -> DigitTracker:
+    """The tracker, frozen; by default the one that ships. Raises ValueError where there is none."""
+    path = Path(path or CHECKPOINTS / "tracker.safetensors")
+    if not path.exists():
+        raise ValueError(f"no {path.name}: `python metrics.py --train_classifier tracker` makes it")
+    model = DigitTracker()
+    fill(model, load_weights(path).state_dict, path)
+    return model.eval().requires_grad_(False)
+
+
+def scene(digits: Tensor, labels: Tensor, canvas: int) -> tuple[Tensor, Tensor]:
+    """Digits [B, n, s, s] in [0, 1] with labels [B, n], each at a random place of its frame: frames [B, 1, H, W] in
+    [-1, 1], overlaps blended with max, and the maps [B, 10, H, W] in [0, 1] that a perfect tracker draws."""
+    batch, count, size = digits.shape[:3]
+    place = torch.randint(canvas - size + 1, (batch, count, 2))
+    frames = torch.zeros(batch, canvas, canvas)
+    rows = torch.arange(batch)[:, None, None]
+    for i in range(count):
+        y, x = (place[:, i, axis, None] + torch.arange(size) for axis in (0, 1))
+        seen = frames[rows, y[:, :, None], x[:, None, :]]
+        frames[rows, y[:, :, None], x[:, None, :]] = torch.maximum(seen, digits[:, i])
+    middle = place + (size - 1) / 2
+    off = torch.arange(canvas) - middle[..., None]  # [b n 2 canvas]
+    across = (-off.square() / (2 * SPREAD**2)).exp()
+    marks = across[:, :, 0, :, None] * across[:, :, 1, None, :]  # [b n h w]
+    maps = torch.zeros(batch, NUM_CLASSES, canvas, canvas)
+    for i in range(count):
+        maps[torch.arange(batch), labels[:, i]] = torch.maximum(maps[torch.arange(batch), labels[:, i]], marks[:, i])
+    return frames[:, None] * 2 - 1, maps
+
+
+def focal_loss(logits: Tensor, maps: Tensor) -> Tensor:
+    """CenterNet's (arXiv 1904.07850, eq. 1), per digit: near a middle, being too sure costs little."""
+    sure = logits.sigmoid()
+    peaks = maps > 0.75  # middles lie between pixels: the four around one
+    at = (1 - sure).square() * F.logsigmoid(logits)
+    off = (1 - maps) ** 4 * sure.square() * F.logsigmoid(-logits)
+    return -(torch.where(peaks, at, off)).sum() / peaks.sum().clamp(min=1)
+
+
+def train_tracker(world: WorldConfig, *, num_steps: int, batch_size: int, lr: float, seed: int) -> DigitTracker:
+    """On one to three digits at a time, distorted and anywhere; the same seed gives the same weights."""
+    digits, labels = sprites(replace(world, split=DigitTracker.split, sprites_per_class=200, digit_size=20))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DigitTracker().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps, pct_start=0.1)
+        for step in tqdm(range(num_steps), desc="train DigitTracker"):
+            count = (2, 2, 1, 2, 3)[step % 5]
+            index = torch.randint(len(digits), (batch_size, count))
+            drawn = distorted(digits[index.flatten()], world.digit_size).unflatten(0, index.shape)
+            frames, maps = scene(drawn, labels[index], world.canvas)
+            loss = focal_loss(model(frames), maps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval().requires_grad_(False)
+
+
+def make_tracker() -> None:
+    """Train and save it, with a .json beside it that says how it was made; metrics.py measures it on real clips."""
+    from run_folder import machine
+
+    world, start = WorldConfig(canvas=30), time.monotonic()
+    model = train_tracker(world, **TRAINING)
+    record = {
+        "command": "python metrics.py --train_classifier tracker",
+        "seed": TRAINING["seed"],
+        "data": {**asdict(world), "split": model.split, "sprites_per_class": 200},
+        "config": TRAINING,
+        "seconds": round(time.monotonic() - start),
+        "machine": machine(),
+    }
+    save_weights(CHECKPOINTS / "tracker.safetensors", model.state_dict(), record, dtype=torch.float32)

@@ -1,0 +1,53 @@
+"""Videos whose prompt changes in the middle, with three things that one can do about the cache."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from digit_classifiers import NUM_CLASSES
+from dynamic_video_sf import recache, rollout
+from generate import LoadedModel, sample_keys
+from moving_mnist import format_prompt, parse_prompt
+from randomness import generator, randn
+
+CACHES = ("kept", "anew", "emptied")
+
+
+def another_digit(prompt: str) -> str:
+    """The prompt with every digit replaced by the third after it, moving as before."""
+    return format_prompt([replace(digit, label=(digit.label + 3) % NUM_CLASSES) for digit in parse_prompt(prompt)])
+
+
+@torch.no_grad()
+def switched_videos(loaded: LoadedModel, prompts: Sequence[str], num_frames: int, seed: int, *, at: int, cache: str):
+    """Videos [B, F, C, H, W] that show another digit until frame `at` and then are given the prompts.
+
+    cache: "kept", as the old prompt left it; "anew", the same frames read under the new prompt; or "emptied". Raises
+    ValueError for another word.
+    """
+    if cache not in CACHES:
+        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}.")
+    config, keys = loaded.sampling.rollout, sample_keys(prompts, seed)
+    first, rng = ([generator(*key, purpose) for key in keys] for purpose in ("noise", "renoise"))
+    noise = torch.stack([randn((len(prompts), *loaded.frame_shape), first) for _ in range(num_frames)], dim=1)
+    old, new = loaded.encoder([another_digit(prompt) for prompt in prompts]), loaded.encoder(prompts)
+    model = (loaded.model, loaded.scheduler)
+    before, memory = run_to_end(rollout(*model, noise[:, :at], old, config, rng=rng))
+    if cache == "anew":
+        memory = recache(*model, before[:, list(memory.frames)], new, config, memory, rng=rng)
+    elif cache == "emptied":
+        memory = config.empty_cache()
+    after, _ = run_to_end(rollout(*model, noise[:, at:], new, config, rng=rng, cache=memory))
+    return torch.cat([before, after], dim=1)
+
+
+def run_to_end(blocks) -> tuple[Tensor, object]:
+    """All blocks of a rollout as one video, and the cache that it returns."""
+    seen = []
+    while True:
+        try:
+            seen.append(next(blocks))
+        except StopIteration as end:
+            return torch.cat(seen, dim=1), end.value

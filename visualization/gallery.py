@@ -1,0 +1,49 @@
+"""Training runs side by side: what each makes, and what its log says."""
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from visualization.frames import to_clips
+from visualization.style import FAINT, LINES, TITLE, finish, panels, styled
+
+
+@styled
+def plot_sick_runs(runs, save_path=None, every=1, title=None):
+    """Figure with a row per run: its first videos as film strips, then each entry of its log over the steps, with that
+    of the first run behind it in grey.
+
+    `runs`: label -> (videos [B, F, C, H, W], log: name -> one number per step, None where there is none). `every`: the
+    distance between two frames of the videos.
+    """
+    signs = list(next(iter(runs.values()))[1])
+    healthy = next(iter(runs.values()))[1]
+    fig, axes = panels(
+        len(runs), 1 + len(signs), 8 + 2.3 * len(signs), 1.75 * len(runs), width_ratios=[3.2] + [1] * len(signs)
+    )
+    for row, (label, (videos, log)) in zip(axes, runs.items(), strict=True):
+        draw_stills(row[0], to_clips(videos), label, every)
+        for ax, sign in zip(row[1:], signs, strict=True):
+            draw_log(ax, healthy[sign], {"color": FAINT, "linewidth": 3})
+            draw_log(ax, log[sign], {"color": LINES[0][0], "linewidth": 1.5})
+            ax.set(title=sign.replace("_", " "), xlabel="step")
+            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    if title:
+        fig.suptitle(title, size=TITLE, weight="bold", x=0.02, ha="left")
+    return finish(fig, save_path)
+
+
+def draw_stills(ax, clips, label, every):
+    """Clips [F, H, W, C] below each other, frames from left to right, a pixel apart."""
+    rows = [
+        np.concatenate([np.pad(frame, ((1, 0), (1, 0), (0, 0)), constant_values=0.5) for frame in clip], axis=1)
+        for clip in clips
+    ]
+    image = np.concatenate(rows)
+    ax.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(title=f"{label}: frames 0, {every}, {2 * every} ...", xticks=[], yticks=[])
+
+
+def draw_log(ax, values, style):
+    ax.set_yscale("log")
+    steps = [i + 1 for i, value in enumerate(values) if value is not None]
+    ax.plot(steps, [value for value in values if value is not None], **style)
