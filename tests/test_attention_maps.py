@@ -289,7 +289,7 @@ def test_the_video_is_that_of_the_generator(student, step, monkeypatch):
 
 COMMANDS = {
     "student": ([], 1.0),
-    "context": (["--step", "context", "--prompts", "a 3 moving right", "a 5 moving up"], 0.0),
+    "context": (["--step", "context", "--prompts", "a 3 moving right", "a 5 moving up"], 0.15),
     "untrained": (["--no_checkpoint", "--checkpoint", "none.pt"], 1.0),
     "teacher": (["--checkpoint", "checkpoints/teacher.safetensors", "--num_frames", "12", "--logits"], 1.0),
 }

@@ -171,7 +171,7 @@ def test_frechet_distance_is_exact():
     """Between Gaussians that differ by a mean and a scale it is the closed form, and 0 for the same set."""
     features = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0)) @ torch.randn(5, 5)
     mean, covariance = metrics.moments(features)
-    reference = metrics.Reference(mean, covariance, None, None, 0)
+    reference = metrics.Reference(mean, covariance, None, None)
     other = metrics.Measured(None, None, (2 * features + 1).view(2000, 1, 5), None)
     expected = (mean + 1).square().sum() + covariance.trace()  # |2m + 1 - m|^2 + (2 - 1)^2 tr S
     assert torch.allclose(metrics.frechet_distance(other, reference), expected.float(), rtol=1e-5)

@@ -567,7 +567,7 @@ def test_the_command_line_comes_last(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "fit_once", lambda cfg: seen.append(cfg) or Path("made"))
     train.main(["experiment=from_scratch_cpu", "training.num_steps=7", "model.dim=64"])
-    assert [(cfg.training.num_steps, cfg.model.dim) for cfg in seen] == [(7, 64)] * 5
+    assert len(seen) > 4 and {(cfg.training.num_steps, cfg.model.dim) for cfg in seen} == {(7, 64)}
 
 
 MISTAKES = {
