@@ -211,7 +211,7 @@ def first_frames(causal_teacher: bool, num_steps=400, num_pairs=2000) -> Tensor:
 def main() -> None:
     corners = [[-1.0, 0.6], [1.0, 0.6], [0.0, -1.1], [0.0, 0.2]]
     target = Mixture(corners, [0.4, 0.3, 0.2, 0.1], 0.15)
-    steps = (0, 30, 100, 300)
+    steps = (0, 50, 200, 1200)
     runs = {
         "DMD": {"objective": "dmd"},
         "DMD, critic not trained": {"objective": "dmd", "train_critic": False},
