@@ -160,6 +160,18 @@ def placed(digits, canvas):
     return frames[:, None]
 
 
+def optimise(model, loss, *, num_steps, lr):
+    """Minimise loss(step) by AdamW with one cycle of the learning rate; the model comes back frozen."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps, pct_start=0.1)
+    for step in tqdm(range(num_steps), desc=f"train {type(model).__name__}"):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval().requires_grad_(False)
+
+
 def train_classifier(second=False, *, world, num_steps, batch_size, lr, seed):
     """Train one of the classifiers on the 200 digits per class of its own split, distorted and anywhere.
 
@@ -170,17 +182,13 @@ def train_classifier(second=False, *, world, num_steps, batch_size, lr, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind().to(memory_format=torch.channels_last)  # a third faster on a CPU
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps, pct_start=0.1)
-        for _ in tqdm(range(num_steps), desc=f"train {kind.__name__}"):
+
+        def loss(step):
             index = torch.randint(len(digits), (batch_size,))
             frames = placed(distorted(digits[index], world.digit_size), world.canvas)
-            loss = F.cross_entropy(model(frames), labels[index], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval().requires_grad_(False)
+            return F.cross_entropy(model(frames), labels[index], label_smoothing=0.05)
+
+        return optimise(model, loss, num_steps=num_steps, lr=lr)
 
 
 def held_out_accuracy(model, split, world):

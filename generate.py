@@ -114,8 +114,7 @@ def sample_blocks(
 ) -> Iterator[Tensor]:
     """Yield the clean blocks [B, n, C, H, W] of one video per prompt, as soon as they exist.
 
-    shape: (F, C, H, W). keys: see `sample_keys`. Noise is drawn frame by frame, so that a longer video begins with the
-    shorter one.
+    shape: (F, C, H, W). keys: see `sample_keys`.
     """
     device = next(model.parameters()).device
     cond, uncond = (
@@ -124,8 +123,7 @@ def sample_blocks(
     guided = Guided(model, uncond, sampling.guidance_scale) if sampling.guidance_scale != 1 else model
     sampler = stochastic(sampling.fresh_noise)
     frames, *frame_shape = shape
-    first, rng = ([generator(*key, purpose) for key in keys] for purpose in ("noise", "renoise"))
-    noise = torch.stack([randn((len(prompts), *frame_shape), first, device=device) for _ in range(frames)], dim=1)
+    noise, rng = draw_noise(keys, frames, frame_shape, device)
     blocks = rollout(guided, scheduler, noise, cond, sampling.rollout, rng=rng, sampler=sampler)
     remaining = frames
     while remaining:  # never ask beyond the last block: what it would remember is of no use
@@ -133,6 +131,16 @@ def sample_blocks(
             block = next(blocks)
         remaining -= block.shape[1]
         yield block
+
+
+def draw_noise(keys, num_frames: int, frame_shape, device=None) -> tuple[Tensor, list[torch.Generator]]:
+    """Where videos start, [B, F, C, H, W], and the generators of what is drawn on the way.
+
+    Noise is drawn frame by frame, so that a longer video begins with the shorter one.
+    """
+    first, rng = ([generator(*key, purpose) for key in keys] for purpose in ("noise", "renoise"))
+    frames = [randn((len(keys), *frame_shape), first, device=device) for _ in range(num_frames)]
+    return torch.stack(frames, dim=1), rng
 
 
 def sample(model, scheduler, encoder, prompts, sampling, shape, seed: int = 0) -> Tensor:

@@ -38,7 +38,7 @@ from moving_mnist import DIRECTIONS, Digit, MovingMNIST, WorldConfig, format_pro
 FAINT = 0.1  # darker pixels are not ink: a grey haze must not pull the centroid to the middle
 EMPTY_MASS = 3.0  # a frame with less ink than three white pixels is empty; the thinnest real digit has 13
 NUM_REFERENCE_CLIPS = 800  # real ones, from which the moments of their features come
-CANVAS = {1: 24, 2: 30}  # of the worlds that models of this course are trained in, by the number of digits
+CANVAS = {1: 24, 2: 32}  # of the worlds that models of this course are trained in, by the number of digits
 WINDOW = 6  # frames of a motion window: its five steps cross the default canvas once
 MAX_OFFSET = 1.0  # pixels per axis from a box's middle to its ink's: in real digits 0.3, rarely above 1
 
@@ -64,8 +64,7 @@ class Measured:
 @torch.no_grad()
 def measure(videos, classifier):
     frames = videos.flatten(0, 1)
-    light = brightness(frames)
-    marks = light * (light > FAINT)
+    marks = visible(frames)
     mass = marks.sum((-2, -1))
     features = torch.cat([classifier.features(chunk) for chunk in frames.split(512)])
     classes = classifier.head(F.relu(features)).argmax(-1).masked_fill(mass < EMPTY_MASS, -1)
@@ -73,10 +72,15 @@ def measure(videos, classifier):
     return Measured(*(value.unflatten(0, videos.shape[:2]) for value in values))
 
 
-def light_mass(videos):
+def visible(frames):
+    """The brightness [N, H, W] of frames [N, C, H, W] where it is ink, 0 elsewhere."""
+    light = brightness(frames)
+    return light * (light > FAINT)
+
+
+def total_mass(videos):
     """Mass [B, F] of the ink, in white pixels."""
-    light = brightness(videos.flatten(0, 1))
-    return (light * (light > FAINT)).sum((-2, -1)).unflatten(0, videos.shape[:2])
+    return visible(videos.flatten(0, 1)).sum((-2, -1)).unflatten(0, videos.shape[:2])
 
 
 def one_digit(prompts):
@@ -304,39 +308,38 @@ def evaluate(videos, prompts, *, world, classifier, frames_per_block=3, referenc
     return {name: curve.tolist() for name, curve in means.items() if not curve.isnan().all()}
 
 
-def evaluate_several(videos, prompts, *, world, tracker, frames_per_block=3, real_mass=None):
+def evaluate_several(videos, prompts, *, world, tracker, frames_per_block=3):
     """The metrics of videos [B, F, C, H, W] in which each prompt names several digits, no two alike: digit_accuracy,
     motion_error and speed_kept, each the mean over a video's digits as the tracker sees them, ink, and block_jump.
 
     A digit counts as seen where it is among the frame's surest, as many as the prompt names, and sure by a third. What
-    overlaps cannot always be told apart: compare with real clips. Ink is the mass of a frame divided by real_mass, by
-    default that of real clips.
+    overlaps cannot always be told apart: compare with real clips. Ink is the mass of a frame divided by the mean one of
+    real clips.
     """
     digits = [parse_prompt(prompt) for prompt in prompts]
-    labels = torch.tensor([[digit.label for digit in row] for row in digits])  # [b n]
-    if len(digits[0]) != world.num_digits or any(len(row.unique()) < len(row) for row in labels):
+    if any(len({digit.label for digit in row}) != world.num_digits or len(row) != world.num_digits for row in digits):
         raise ValueError(f"name {world.num_digits} different digits in each prompt: a tracker cannot tell twins apart")
+    labels = torch.tensor([[digit.label for digit in row] for row in digits])  # [b n]
     headings = torch.tensor([[DIRECTIONS[digit.direction] for digit in row] for row in digits]).flatten(0, 1)
     videos = videos.clamp(-1, 1)
     sure, place = track(tracker, videos)  # [b f 10], [b f 10 2]
-    surest = sure.topk(world.num_digits, dim=-1).indices.masked_fill(sure.amax(-1, keepdim=True) < 1 / 3, -1)
     one_each = labels[:, None].expand(-1, videos.shape[1], -1)  # [b f n]
-    found = (surest[..., None, :] == one_each[..., None]).any(-1) & (sure.gather(-1, one_each) > 1 / 3)
+    least = sure.topk(world.num_digits, dim=-1).values[..., -1:].clamp(min=1 / 3)
+    found = sure.gather(-1, one_each) >= least
     where = place.gather(2, one_each[..., None].expand(*one_each.shape, 2))  # [b f n 2]
-    mass = light_mass(videos)
+    mass = total_mass(videos)
+    real = MovingMNIST(world, seed=1_000_000, prompts=prompts).batch(range(NUM_REFERENCE_CLIPS))["video"]
     seen = Measured(
         mass=mass.repeat_interleave(world.num_digits, dim=0),
         centroid=where.movedim(2, 1).flatten(0, 1),
         features=None,
         classes=torch.where(found, one_each, -1).movedim(2, 1).flatten(0, 1),
     )
-    if real_mass is None:
-        real_mass = light_mass(MovingMNIST(world, seed=1_000_000, prompts=prompts).batch(range(400))["video"]).mean()
     curves = {
         "digit_accuracy": digit_accuracy(seen, labels.flatten()),
         "motion_error": motion_error(seen, headings, world),
         "speed_kept": speed_kept(seen, headings, world),
-        "ink": mass / real_mass,
+        "ink": mass / total_mass(real).mean(),
         "block_jump": block_jump(videos, frames_per_block),
     }
     return {name: curve.mean(0).tolist() for name, curve in curves.items()}
@@ -383,9 +386,12 @@ def real_videos(prompts, world, seed):
 def source(args):
     """What --checkpoint was trained with, world and frames per block, and a function (prompts, seed) -> videos."""
     if args.checkpoint == "real":
-        world = WorldConfig(num_digits=args.num_digits, canvas=CANVAS[args.num_digits])
+        num_digits = args.num_digits or 1
+        world = WorldConfig(num_digits=num_digits, canvas=CANVAS[num_digits])
         held_out = replace(world, split="validation", num_frames=args.num_frames)
         return world, 3, lambda prompts, seed: real_videos(prompts, held_out, seed)
+    if args.num_digits:
+        raise ValueError("--num_digits is for --checkpoint real: a model shows as many as it was trained on")
     from generate import load_model, sample_videos  # the module itself stays a leaf; only its command line looks up
 
     loaded = load_model(args.checkpoint)
@@ -409,6 +415,7 @@ def run(args):
     for name, least in (("num_videos", 1), ("num_frames", WINDOW), ("frames_per_block", 2)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    args.num_digits = world.num_digits
     prompts = uniform_prompts(args.num_videos, world.num_digits)
     if args.prompts:
         prompts = [args.prompts[i % len(args.prompts)] for i in range(args.num_videos)]
@@ -464,7 +471,7 @@ def main():
     parser.add_argument(
         "--classifier", choices=TRAINING, default="first", help="who judges; the other has a second_opinion"
     )
-    parser.add_argument("--num_digits", type=int, choices=CANVAS, default=1, help="of real clips")
+    parser.add_argument("--num_digits", type=int, choices=CANVAS, help="of real clips, by default 1")
     parser.add_argument(
         "--train_classifier", choices=(*TRAINING, "tracker"), help="train and save one of these instead"
     )

@@ -14,7 +14,6 @@ import base64
 import csv
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -119,26 +118,28 @@ def execute(run: Run, plan) -> None:
 
 def trained(run: Run, plan) -> Path:
     """The checkpoint of a run, after what its row has to prepare."""
+    from settings import load_config
+    from train import fit_once
     from train import main as train
 
     for command in plan.get("prepare", {}).get(run.row, []):
-        made = re.search(r"training.output_dir=(\S+)", command)  # train.py would begin a finished run anew
-        if not (made and (Path(made[1]) / "checkpoint_final.pt").exists()):
-            subprocess.run([sys.executable, *shlex.split(command)], check=True)
+        script, *arguments = shlex.split(command)
+        if script == "train.py":
+            fit_once(load_config(arguments))
+        else:
+            subprocess.run([sys.executable, script, *arguments], check=True)
     return run.folder / "checkpoint_final.pt" if finished(run) else train(run.overrides(plan))
 
 
 def costs(run: Run) -> dict:
-    """Steps, seconds and network evaluations of a run, of all its stages, and the signs that its log shows."""
-    logs = []
-    for path in sorted(run.folder.rglob("metrics.csv")):
-        with path.open(newline="") as file:
-            logs.append(list(csv.DictReader(file)))
+    """Steps, seconds and network evaluations of a run, without what was prepared, and the signs that its log shows."""
+    with (run.folder / "metrics.csv").open(newline="") as file:
+        log = list(csv.DictReader(file))
     return {
-        "steps": sum(int(log[-1]["step"]) for log in logs),
-        "seconds": round(sum(float(log[-1]["seconds"]) for log in logs)),
-        "evaluations": sum(float(row["evaluations"]) for log in logs for row in log),
-        "log": {sign: [round(float(row[sign]), 5) if row.get(sign) else None for row in logs[-1]] for sign in SIGNS},
+        "steps": int(log[-1]["step"]),
+        "seconds": round(float(log[-1]["seconds"])),
+        "evaluations": sum(float(row["evaluations"]) for row in log),
+        "log": {sign: [round(float(row[sign]), 5) if row.get(sign) else None for row in log] for sign in SIGNS},
     }
 
 

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from digit_classifiers import NUM_CLASSES
 from dynamic_video_sf import recache, rollout
-from generate import LoadedModel, sample_keys
+from generate import LoadedModel, draw_noise, sample_keys
 from moving_mnist import format_prompt, parse_prompt
-from randomness import generator, randn
 
 CACHES = ("kept", "anew", "emptied")
 
@@ -29,9 +28,8 @@ def switched_videos(loaded: LoadedModel, prompts: Sequence[str], num_frames: int
     """
     if cache not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}.")
-    config, keys = loaded.sampling.rollout, sample_keys(prompts, seed)
-    first, rng = ([generator(*key, purpose) for key in keys] for purpose in ("noise", "renoise"))
-    noise = torch.stack([randn((len(prompts), *loaded.frame_shape), first) for _ in range(num_frames)], dim=1)
+    config = loaded.sampling.rollout
+    noise, rng = draw_noise(sample_keys(prompts, seed), num_frames, loaded.frame_shape)
     old, new = loaded.encoder([another_digit(prompt) for prompt in prompts]), loaded.encoder(prompts)
     model = (loaded.model, loaded.scheduler)
     before, memory = run_to_end(rollout(*model, noise[:, :at], old, config, rng=rng))

@@ -112,19 +112,20 @@ def test_a_switch_changes_the_prompt_and_what_is_done_about_the_cache(laboratory
 
 
 def test_what_a_row_needs_is_prepared_once(laboratory, monkeypatch):
-    """Commands run in order before training; one whose run is finished does not begin anew."""
-    plan, called = load_plan("tiny"), []
-    made = laboratory / "init"
-    commands = ["ode_pairs.py --num_pairs 8", f"train.py stage=init training.output_dir={made}"]
-    plan = OmegaConf.merge(plan, {"prepare": {"own": commands}})
+    """Commands run in order before training; a finished run does not begin anew, unless its settings changed."""
+    plan, called, final = load_plan("tiny"), [], laboratory / "init" / "checkpoint_final.pt"
+    start = f"training.pretrained_checkpoint={laboratory}/start.safetensors training.num_steps=1"
+    init = f"train.py stage=init {' '.join(TINY)} {start} training.output_dir={final.parent}"
     monkeypatch.setattr(run.subprocess, "run", lambda command, check: called.append(command[1]))
     monkeypatch.setattr(run, "finished", lambda one: True)
-    run.trained(Run("tiny", "own", 0), plan)
-    made.mkdir()
-    (made / "checkpoint_final.pt").touch()
-    run.trained(Run("tiny", "own", 0), plan)
-    run.trained(Run("tiny", "data", 0), plan)
-    assert called == ["ode_pairs.py", "train.py", "ode_pairs.py"]
+    written = []
+    for more in ("", "", " training.seed=5"):
+        ready = OmegaConf.merge(plan, {"prepare": {"own": ["ode_pairs.py --num_pairs 8", init + more]}})
+        run.trained(Run("tiny", "own", 0), ready)
+        written.append(final.stat().st_mtime_ns)
+    assert called == ["ode_pairs.py"] * 3 and written[0] == written[1] < written[2]
+    run.trained(Run("tiny", "data", 0), ready)
+    assert called == ["ode_pairs.py"] * 3
 
 
 def test_stills_and_signs_of_a_run_make_a_gallery(laboratory):

@@ -35,6 +35,27 @@ def test_weights_come_from_those_beside_them(name):
         assert run["started_from"] == parents | {"pretrained_checkpoint": before["fingerprint"]}
 
 
+ROWS = {
+    "frames that show the prompted digit": "digit_accuracy",
+    "... as another classifier sees it": "second_opinion",
+    "pixels off the exact motion": "motion_error",
+    "speed, of the world's": "speed_kept",
+    "ink, of that of real digits": "ink",
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_numbers_of_the_readme_are_the_measured_ones(row):
+    """Mean and spread of every cell, teacher and student, as the records beside the weights have them."""
+    (line,) = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith(f"| {row} |")]
+    spans = [("teacher", "0-T"), *(("student", span) for span in ("first block", "0-T", "T-3T", "7T-8T"))]
+    for shown, (name, span) in zip(line.split(" | ")[1:], spans, strict=False):
+        measured = record(name)["metrics"][0]
+        assert measured["num_videos"] == 256 and len(measured["seed"]) == 3
+        value = measured["summary"][ROWS[row]][span]
+        assert shown == f"{value['mean']:.2f} ± {value['std']:.2f}", (name, span)
+
+
 @pytest.mark.parametrize("name", [*PARENTS, "classifier", "second_classifier"])
 def test_records_are_whole(name):
     """Command, seed, config, data, duration, machine and measured metrics, and a size that fits a repository."""

@@ -6,7 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -568,6 +568,27 @@ def test_the_command_line_comes_last(monkeypatch):
     monkeypatch.setattr(train, "fit_once", lambda cfg: seen.append(cfg) or Path("made"))
     train.main(["experiment=from_scratch_cpu", "training.num_steps=7", "model.dim=64"])
     assert len(seen) > 4 and {(cfg.training.num_steps, cfg.model.dim) for cfg in seen} == {(7, 64)}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "configs" / "experiment").glob("*.yaml")))
+def test_an_experiment_fits_itself(name, tmp_path, monkeypatch):
+    """Real sizes, canvas, patches and prompts go together: its first stage takes a step, of two digits every stage."""
+    monkeypatch.chdir(tmp_path)
+    shipped = {"teacher": "teacher", "init": "init", "self_forcing": "student"}
+    taken = []
+
+    def one_step(cfg):
+        assert next(train.training_loop(train.build(cfg)))["generator_loss"] >= 0
+        taken.append(cfg.training.stage)
+        if name != "two_digits":
+            raise Crash
+        return REPOSITORY / "checkpoints" / f"{shipped[cfg.training.stage]}.safetensors"
+
+    for entry in ("fit", "fit_once"):
+        monkeypatch.setattr(train, entry, one_step)
+    with nullcontext() if name == "two_digits" else pytest.raises(Crash):
+        train.main([f"experiment={name}", "training.batch_size=1", "training.device=cpu", "training.max_num_frames=12"])
+    assert taken == (list(shipped) if name == "two_digits" else taken[:1])
 
 
 MISTAKES = {
