@@ -17,6 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -157,13 +158,13 @@ def ship_row(checkpoint: Path, run: Run) -> None:
 
 
 def measure(checkpoint: Path, plan, run: Run) -> dict[str, dict]:
-    """ "curves": every metric over the frame index, for each of the plan's ways to sample this row; where the plan asks
-    for stills, "stills" too: frames of the first videos."""
-    found = {"curves": {}}
+    """ "curves": every metric over the frame index, for each of the plan's ways to sample this row, and "sampling": what
+    a frame costs in it; where the plan asks for stills, "stills" too: frames of the first videos."""
+    found = {"curves": {}, "sampling": {}}
     for way, options in plan.evaluation.items():
         options = dict(options)
         if run.row in options.pop("rows", plan.rows):
-            found["curves"][way], videos = measure_one(checkpoint, run.seed, **options)
+            found["curves"][way], videos, found["sampling"][way] = measure_one(checkpoint, run.seed, **options)
             if "stills" in plan:
                 found.setdefault("stills", pack(videos[: plan.stills.num_videos, :: plan.stills.every]))
     return found
@@ -172,12 +173,14 @@ def measure(checkpoint: Path, plan, run: Run) -> dict[str, dict]:
 def measure_one(
     checkpoint, seed, *, num_videos: int, num_frames: int, num_steps: int = 0, rollout=None, switch=None, **options
 ):
-    """Metrics of videos of all prompts, and the videos; num_steps: of an ODE, instead of the student's few. rollout:
-    what to change of the RolloutConfig. switch: see switching.py, instead of sample_videos."""
+    """Metrics of videos of all prompts, the videos, and what one of their frames cost: network evaluations and seconds
+    of the processor. num_steps: of an ODE, instead of the student's few. rollout: what to change of the RolloutConfig.
+    switch: see switching.py, instead of sample_videos."""
     import metrics
     from experiments.switching import switched_videos
     from generate import load_model, sample_videos
     from ode_pairs import grid
+    from run_folder import Evaluations
 
     if num_steps:
         options |= {"denoising_steps": grid(num_steps), "fresh_noise": 0.0}
@@ -186,9 +189,12 @@ def measure_one(
     sampling = replace(loaded.sampling, rollout=replace(loaded.sampling.rollout, **(rollout or {})))
     loaded = replace(loaded, sampling=sampling)
     make_videos = partial(switched_videos, **switch) if switch else partial(sample_videos, **options)
+    evaluations, begin = Evaluations([loaded.model]), time.process_time()
     videos = make_videos(loaded, prompts, num_frames, seed=NOISE_SEED + seed)
+    seconds, frames = time.process_time() - begin, num_videos * num_frames
     curves = metrics.examiner(loaded.world)(videos, prompts)
-    return {name: [round(x, 4) for x in curve] for name, curve in curves.items()}, videos
+    curves = {name: [round(x, 4) for x in curve] for name, curve in curves.items()}
+    return curves, videos, {"evaluations": evaluations.take() / frames, "seconds": round(seconds / frames, 5)}
 
 
 def pack(videos) -> dict:

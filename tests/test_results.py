@@ -54,6 +54,9 @@ def test_a_run_leaves_a_record_once(laboratory, monkeypatch):
     assert record["steps"] == 1 and record["evaluations"] == 450  # tests/test_objectives.py counts them
     assert record["noise_seed"] == 1001 and record["overrides"][-2] == "training.seed=1"
     assert {way: len(curves["ink"]) for way, curves in record["curves"].items()} == {"four steps": 12, "many": 6}
+    # per frame: four guesses and a memory pass, which the last of four blocks does without; two steps, guided
+    assert record["sampling"]["four steps"]["evaluations"] == 5 - 1 / 4 and record["sampling"]["four steps"]["seconds"] > 0
+    assert record["sampling"]["many"]["evaluations"] == 2 * (3 - 1 / 2)
     assert one.is_done(plan) and not Run("tiny", "own", 0).is_done(plan)
     other = OmegaConf.merge(plan, {"evaluation": {"four steps": {"num_videos": 8}}})
     assert not one.is_done(other)
