@@ -353,13 +353,17 @@ class SelfForcingConfig:
 
 
 def training_rollout(
-    generator, scheduler, noise, cond, config: SelfForcingConfig, *, data=None, rng=None, shared_rng=None
+    generator, scheduler, noise, cond, config: SelfForcingConfig, *, data=None, rng=None, shared_rng=None, reencode=None
 ):
     """A student's clip of random length, left at random exits: its last `gradient_frames` frames, and the exit step.
 
     noise [B, max_num_frames, C, H, W]. Only the exit call of a block that reaches into the returned frames keeps a
     gradient. Clip length and exits come from shared_rng: they are the same for every sample and every process. data is
     not looked at: a student that learns from its own videos needs none.
+
+    reencode(video) -> [B, 1, C, H, W]: the last frame of latents, through pixels and back. A codec that codes a clip's
+    first frame on its own (Wan's) has no such latent in the middle of a clip, but the scores know no other beginning:
+    of longer clips, the first returned frame is that one. Pixels, which are their own code, need none.
     """
     lengths = config.clip_lengths()
     if config.shortest_share and rand((1,), shared_rng) < config.shortest_share:
@@ -375,7 +379,12 @@ def training_rollout(
         counts = end > num_frames - config.gradient_frames
         with torch.set_grad_enabled(counts and torch.is_grad_enabled()):
             video.append(next(blocks))
-    return torch.cat(video, dim=1)[:, -config.gradient_frames :], exit_step
+    video, first = torch.cat(video, dim=1), max(0, num_frames - config.gradient_frames)
+    if reencode and first:
+        with torch.no_grad():
+            beginning = reencode(video[:, : first + 1])
+        return torch.cat([beginning, video[:, first + 1 :]], dim=1), exit_step
+    return video[:, first:], exit_step
 
 
 def draw_exit(config: SelfForcingConfig, num_blocks: int, rng: Rng) -> int | list[int]:

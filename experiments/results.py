@@ -29,6 +29,8 @@ SPANS = {
 SHOWN = {"digit_accuracy": 2, "frechet_distance": 1, "motion_error": 2, "ink": 2}  # digits after the point
 TOLERANCE = {"digit_accuracy": 0.05, "motion_error": 0.15, "ink": 0.05}  # other noise of arithmetic, same weights
 
+COSTS = ("evaluations to train", "minutes to train", "evaluations per frame", "ms per frame")
+
 Records = dict[str, list[dict]]  # row -> one record per seed, each with the curves of one way to sample
 
 
@@ -44,7 +46,8 @@ def load_records(experiment: str, plan) -> Records:
         if run.is_done(plan if run.experiment == experiment else load_plan(run.experiment)):
             record = json.loads(run.record.read_text())
             for way, curves in record["curves"].items():
-                found.setdefault(name if way == FEW else f"{name}, {way}", []).append(record | {"curves": curves})
+                one_way = {"curves": curves, "sampling": record["sampling"][way]}
+                found.setdefault(name if way == FEW else f"{name}, {way}", []).append(record | one_way)
     return {name: found[name] for name in sorted(found, key=lambda name: (", " in name, list(found).index(name)))}
 
 
@@ -75,26 +78,52 @@ def cell(values: np.ndarray, digits: int) -> str:
 
 def table(records: Records) -> str:
     """Mean and standard deviation over seeds: every shown metric over every span, and what a run cost."""
-    lengths = [len(record["curves"]["ink"]) for own in records.values() for record in own]
-    spans = [span for span, (_, end) in SPANS.items() if end <= max(lengths)]
+    spans = spans_of(records)
     heads = [f"{metric.replace('_', ' ')} {span}" for metric in SHOWN for span in spans]
-    lines = ["| | seeds | " + " | ".join(heads) + " | evaluations | minutes |", "|---" * (len(heads) + 4) + "|"]
+    heads = ["", "seeds", *heads, *COSTS]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row, own in records.items():
         cells = [cell(span_means(own, metric, span), SHOWN[metric]) for metric in SHOWN for span in spans]
-        cost = np.mean([record.get("evaluations", 0) for record in own])
-        minutes = np.mean([record.get("seconds", 0) for record in own]) / 60
-        lines.append(f"| {row} | {len(own)} | " + " | ".join(cells) + f" | {cost:,.0f} | {minutes:.0f} |")
+        lines.append("| " + " | ".join([row, str(len(own)), *cells, *costs(own)]) + " |")
     return "\n".join(lines)
 
 
-def differences(records: Records, metric: str = "digit_accuracy", span: str = "3T-4T") -> str:
-    """Every pair of rows that differs, the better one first."""
+def spans_of(records: Records) -> list[str]:
+    """The spans that the longest videos reach."""
+    longest = max(len(record["curves"]["ink"]) for own in records.values() for record in own)
+    return [span for span, (_, end) in SPANS.items() if end <= longest]
+
+
+def costs(records: list[dict]) -> list[str]:
+    """Means of what training took and what a frame takes to make; blanks for what was not trained here."""
+    trained = [record for record in records if "evaluations" in record]
+    evaluations, minutes = mean_of(trained, "evaluations"), mean_of(trained, "seconds") / 60
+    sampling = [record["sampling"] for record in records]
+    per_frame = [f"{mean_of(sampling, 'evaluations'):.1f}", f"{1000 * mean_of(sampling, 'seconds'):.1f}"]
+    return [*([f"{evaluations:,.0f}", f"{minutes:.0f}"] if trained else ["", ""]), *per_frame]
+
+
+def mean_of(found: list[dict], name: str) -> float:
+    return sum(each[name] for each in found) / max(len(found), 1)
+
+
+def differences(records: Records) -> str:
+    """Every pair of rows that differs in what they show or in how well it is drawn, the better one first: at four times
+    the training length, or within it if no video is that long."""
+    span = "3T-4T" if "3T-4T" in spans_of(records) else "0-T"
+    return " ".join(differences_in(metric, records, span) for metric in ("digit_accuracy", "frechet_distance"))
+
+
+def differences_in(metric: str, records: Records, span: str) -> str:
     values = {row: span_means(own, metric, span) for row, own in records.items()}
+    best = max if metric == "digit_accuracy" else min
     found = []
     for a, b in combinations(values, 2):
         if differ(values[a], values[b]):
-            better, worse = sorted((a, b), key=lambda row: -values[row].mean())
-            found.append(f"{better} above {worse} by {values[better].mean() - values[worse].mean():.2f}")
+            better = best((a, b), key=lambda row: values[row].mean())
+            worse = b if better == a else a
+            gap = abs(values[a].mean() - values[b].mean())
+            found.append(f"{better} before {worse} by {gap:.{SHOWN[metric]}f}")
     what = f"In {metric.replace('_', ' ')} over {span}"
     return f"{what}: {'; '.join(found)}." if found else f"{what} no two rows differ by that measure."
 
@@ -173,8 +202,9 @@ def write_page() -> None:
         "# Results\n\nWritten by `make results` from the records of the runs in `experiments/records/`. T is the "
         f"training length, {T} frames. Numbers are means over training seeds ± their standard deviation; rows are said "
         "to differ where their means, over at least three seeds each, are further apart than two pooled standard "
-        "deviations. Evaluations count what the networks computed in training, in frames: forward 1, backward 2, "
-        "teacher and critic included. Minutes are those of one core."
+        "deviations. Evaluations are counted by a hook on the networks, in frames: forward 1, backward 2, teacher and "
+        "critic included. Minutes of training are of one core beside another that worked as much; milliseconds per "
+        "frame are processor time of one thread, many videos at a time."
     )
     PAGE.write_text("\n\n".join([head, *filter(None, sections)]) + "\n")
 
@@ -183,6 +213,8 @@ def evaluate_again(name: str) -> None:
     """Roll a row out from its shipped weights; exit with an error where it leaves the range of its record."""
     experiment, _, row = name.partition("/")
     plan = load_plan(experiment)
+    if row in plan.get("beside", {}):
+        return evaluate_again(plan.beside[row])
     (run, *_) = all_runs(experiment, plan, [row], plan.seeds[:1])
     weights = HERE / "weights" / experiment / f"{row}.safetensors"
     if not weights.exists() or not run.record.exists():

@@ -3,10 +3,10 @@
     python -m experiments.run two_by_two --only own_last --seeds 0 1 --workers 2 [--again]
     python -m experiments.run                    # what is missing of all experiments
 
-An experiment is experiments/NAME.yaml: rows of overrides for train.py, on top of what they have in common, or a
-checkpoint that is only measured. A run trains in logs/experiments/NAME/ROW/seed_K, where it can be interrupted and goes
-on, and leaves experiments/records/NAME/ROW_K.json; what has a record of these very settings is not run again. A worker
-has one thread.
+An experiment is experiments/NAME.yaml. Its rows are overrides for train.py, on top of what they have in common, or name
+shipped weights that are only measured. A run trains in logs/experiments/NAME/ROW/seed_K, where it can be interrupted
+and goes on, and leaves experiments/records/NAME/ROW_K.json; what has a record of these very settings is not run again.
+A worker has one thread.
 """
 
 import argparse
@@ -50,21 +50,27 @@ class Run:
     def record(self) -> Path:
         return HERE / "records" / self.experiment / f"{self.row}_{self.seed}.json"
 
+    def checkpoint(self, plan) -> str | None:
+        """Which shipped weights this row is, if it is only measured."""
+        row = plan.rows[self.row]
+        return row if isinstance(row, str) else None
+
     def overrides(self, plan) -> list[str]:
+        if self.checkpoint(plan):
+            return []
         own = [f"training.seed={self.seed}", f"training.output_dir={self.folder}"]
         return [*plan.common, *plan.rows[self.row], *own]
 
     def is_done(self, plan) -> bool:
         """Whether there is a record of these settings and of the weights that ship now."""
         evaluation = OmegaConf.to_container(plan.evaluation)
-        wanted = {"overrides": self.overrides(plan), "weights": weights(plan), "evaluation": evaluation}
+        wanted = {"overrides": self.overrides(plan), "weights": self.weights(plan), "evaluation": evaluation}
         return self.record.exists() and wanted.items() <= json.loads(self.record.read_text()).items()
 
-
-def weights(plan) -> dict[str, str]:
-    """Which shipped weights the rows start from, or are."""
-    names = [plan.checkpoint] if "checkpoint" in plan else ["checkpoints/teacher", "checkpoints/init"]
-    return {name: shipped(name) for name in names}
+    def weights(self, plan) -> dict[str, str]:
+        """Fingerprints of the shipped weights that this row starts from, or is."""
+        own = self.checkpoint(plan)
+        return {name: shipped(name) for name in ([own] if own else ["checkpoints/teacher", "checkpoints/init"])}
 
 
 @lru_cache
@@ -101,11 +107,12 @@ def execute(run: Run, plan) -> None:
     from run_folder import machine
 
     torch.set_num_threads(1)
-    checkpoint = Path(f"{plan.checkpoint}.safetensors") if "checkpoint" in plan else trained(run, plan)
+    given = run.checkpoint(plan)
+    checkpoint = Path(f"{given}.safetensors") if given else trained(run, plan)
     record = {
         "overrides": run.overrides(plan),
-        "weights": weights(plan),
-        **({} if "checkpoint" in plan else costs(run)),
+        "weights": run.weights(plan),
+        **({} if given else costs(run)),
         "machine": machine(),
         "noise_seed": NOISE_SEED + run.seed,
         "evaluation": OmegaConf.to_container(plan.evaluation),
@@ -113,7 +120,7 @@ def execute(run: Run, plan) -> None:
     }
     with atomic(run.record) as temporary:
         temporary.write_text(json.dumps(record) + "\n")
-    if plan.get("ships") and run.seed == plan.seeds[0]:
+    if plan.get("ships") and not given and run.seed == plan.seeds[0]:
         ship_row(checkpoint, run)
 
 
@@ -158,8 +165,8 @@ def ship_row(checkpoint: Path, run: Run) -> None:
 
 
 def measure(checkpoint: Path, plan, run: Run) -> dict[str, dict]:
-    """ "curves": every metric over the frame index, for each of the plan's ways to sample this row, and "sampling": what
-    a frame costs in it; where the plan asks for stills, "stills" too: frames of the first videos."""
+    """ "curves": every metric over the frame index, for each of the plan's ways to sample this row, and "sampling":
+    what a frame costs in it; where the plan asks for stills, "stills" too: frames of the first videos."""
     found = {"curves": {}, "sampling": {}}
     for way, options in plan.evaluation.items():
         options = dict(options)

@@ -55,8 +55,8 @@ def test_a_run_leaves_a_record_once(laboratory, monkeypatch):
     assert record["noise_seed"] == 1001 and record["overrides"][-2] == "training.seed=1"
     assert {way: len(curves["ink"]) for way, curves in record["curves"].items()} == {"four steps": 12, "many": 6}
     # per frame: four guesses and a memory pass, which the last of four blocks does without; two steps, guided
-    assert record["sampling"]["four steps"]["evaluations"] == 5 - 1 / 4 and record["sampling"]["four steps"]["seconds"] > 0
-    assert record["sampling"]["many"]["evaluations"] == 2 * (3 - 1 / 2)
+    few, many = record["sampling"]["four steps"], record["sampling"]["many"]
+    assert few["evaluations"] == 5 - 1 / 4 and many["evaluations"] == 2 * (3 - 1 / 2) and few["seconds"] > 0
     assert one.is_done(plan) and not Run("tiny", "own", 0).is_done(plan)
     other = OmegaConf.merge(plan, {"evaluation": {"four steps": {"num_videos": 8}}})
     assert not one.is_done(other)
@@ -78,16 +78,15 @@ def test_measuring_does_not_train_again(laboratory, monkeypatch):
 
 
 def test_a_checkpoint_is_only_measured(laboratory, monkeypatch):
-    """A plan that names one trains nothing; what it changes of the rollout changes the videos."""
+    """A row that names one trains nothing; what it changes of the rollout changes the videos."""
     plan = load_plan("tiny")
     execute(Run("tiny", "own", 0), plan)
     weights = load_weights(Run("tiny", "own", 0).folder / "checkpoint_final.pt")
     save_weights(laboratory / "student.safetensors", weights.state_dict, {"config": weights.config})
     few = plan.evaluation["four steps"]
     ways = {"four steps": few, "twice": few, "no past": {**few, "rollout": {"window_frames": 0}}}
-    plan = OmegaConf.create(
-        {"checkpoint": str(laboratory / "student"), "rows": {"student": []}, "common": [], "evaluation": ways}
-    )
+    rows = {"student": str(laboratory / "student")}
+    plan = OmegaConf.create({"rows": rows, "common": [], "evaluation": ways, "ships": True, "seeds": [0]})
     import train
 
     monkeypatch.setattr(train, "main", lambda overrides: pytest.fail("trained"))
@@ -97,7 +96,8 @@ def test_a_checkpoint_is_only_measured(laboratory, monkeypatch):
     assert "steps" not in record and record["curves"]["four steps"] == record["curves"]["twice"]
     assert record["curves"]["four steps"]["ink"][:2] == record["curves"]["no past"]["ink"][:2]  # the first block
     assert record["curves"]["four steps"]["ink"] != record["curves"]["no past"]["ink"]
-    assert one.is_done(plan)
+    assert one.is_done(plan) and list(record["weights"]) == [str(laboratory / "student")]
+    assert not (laboratory / "weights").exists()  # they ship already
 
 
 def test_a_switch_changes_the_prompt_and_what_is_done_about_the_cache(laboratory):
@@ -221,9 +221,10 @@ def fake_record(one, plan, accuracy):
     curves = {name: [accuracy] * 96 for name in results.SHOWN}
     short = {"many": {name: curve[:24] for name, curve in curves.items()}} if one.row == "own" else {}
     record = {
-        "overrides": one.overrides(plan), "weights": run.weights(plan), "seconds": 60, "evaluations": 1234.0,
+        "overrides": one.overrides(plan), "weights": one.weights(plan), "seconds": 60, "evaluations": 1234.0,
         "evaluation": OmegaConf.to_container(plan.evaluation), "machine": {"processor": "abacus"},
         "curves": {"four steps": curves} | short,
+        "sampling": dict.fromkeys(("four steps", *short), {"evaluations": 4.75, "seconds": 0.0123}),
     }  # fmt: skip
     one.record.parent.mkdir(parents=True, exist_ok=True)
     one.record.write_text(json.dumps(record))
@@ -242,8 +243,9 @@ def test_the_page_says_what_the_records_say(laboratory):
     assert list(rows)[1:] == ["own", "data", "own, many"]
     assert rows["own"][1:3] == ["3", "0.92 ± 0.02"] and rows["data"][2] == "0.72 ± 0.02"
     assert rows["own, many"][2:6] == ["0.92 ± 0.02", "0.92 ± 0.02", "", ""]
-    assert rows["own"][-2:] == ["1,234", "1 |"]
-    assert "own above data by 0.20" in page
+    assert rows["own"][-4:] == ["1,234", "1", "4.8", "12.3 |"]
+    assert "In digit accuracy over 3T-4T: own before data by 0.20." in page
+    assert "In frechet distance over 3T-4T: data before own by 0.2." in page  # less of it is better
     assert (laboratory / "docs" / "results" / "tiny.png").stat().st_size > 10_000
 
 

@@ -69,11 +69,12 @@ def algorithm(student, teacher, critic, config, *, samples=range(BATCH), seed=0,
     return self_forcing_step(student, teacher, critic, SCHEDULER, noise, COND, UNCOND, config, **given)
 
 
-def roll(student, config, seed=0):
+def roll(student, config, seed=0, **options):
     """A training rollout: the video that is scored, and its exit."""
     noise = randn((BATCH, config.max_num_frames, *FRAME), generators(seed, "noise", samples=range(BATCH)))
     rng = generators(seed, "rng", samples=range(BATCH))
-    return training_rollout(student, SCHEDULER, noise, COND, config, rng=rng, shared_rng=generator(seed, "shared"))
+    options |= {"rng": rng, "shared_rng": generator(seed, "shared")}
+    return training_rollout(student, SCHEDULER, noise, COND, config, **options)
 
 
 def rollouts(student):
@@ -231,6 +232,37 @@ def test_the_scored_video_is_what_the_scores_see():
     assert all(torch.equal(noise, noises[0]) for noise in noises)
     assert noises[0].std() == pytest.approx(1, abs=0.3) and noises[0].mean() == pytest.approx(0, abs=0.3)
     assert all(torch.equal(t, kept["t"]) for _, t, _, _ in teacher.seen + critic.seen)
+
+
+class Differences:
+    """A toy codec: a clip's first frame is coded on its own, every other as its difference from the one before."""
+
+    def decode(self, latents):
+        return latents.cumsum(dim=1)
+
+    def encode(self, pixels):
+        return torch.cat([pixels[:, :1], pixels.diff(dim=1)], dim=1)
+
+    def reencode(self, latents):
+        return self.encode(self.decode(latents)[:, -1:])
+
+
+@pytest.mark.parametrize("gradient_frames", [3, 4, 8, 21])
+def test_a_clip_cut_out_of_a_longer_one_begins_anew_for_the_codec(gradient_frames):
+    """Re-encoded, the scored latents are the code of the scored pixels; frames that stay as they are keep their
+    gradient, the new first frame has none, and a clip that is not cut is left alone."""
+    config, student, codec = settings(8, gradient_frames=gradient_frames), Walk(0.9), Differences()
+    plain, _ = roll(student, config)
+    video, _ = roll(student, config, reencode=codec.reencode)
+    whole, _ = roll(student, settings(8))
+    assert video.shape == plain.shape and torch.equal(video[:, 1:], plain[:, 1:])
+    torch.testing.assert_close(video, codec.encode(codec.decode(whole)[:, -gradient_frames:]))
+    cut = gradient_frames < 8
+    assert torch.equal(video[:, :1], plain[:, :1]) != cut
+    assert cut or torch.equal(video, plain)
+    for i in range(video.shape[1]):
+        old, new = (torch.autograd.grad(x[:, i].sum(), student.weight, retain_graph=True)[0] for x in (plain, video))
+        assert old and new == (0 if cut and i == 0 else old)
 
 
 def test_without_gradient_a_training_rollout_keeps_none():
