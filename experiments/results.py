@@ -203,8 +203,9 @@ def write_page() -> None:
         f"training length, {T} frames. Numbers are means over training seeds ± their standard deviation; rows are said "
         "to differ where their means, over at least three seeds each, are further apart than two pooled standard "
         "deviations. Evaluations are counted by a hook on the networks, in frames: forward 1, backward 2, teacher and "
-        "critic included. Minutes of training are of one core beside another that worked as much; milliseconds per "
-        "frame are processor time of one thread, many videos at a time."
+        "critic included. Minutes of training are those of one core that nothing else wants (as long as the "
+        "fastest tenth of the steps took); milliseconds per frame are processor time of one thread, many videos at a "
+        "time."
     )
     PAGE.write_text("\n\n".join([head, *filter(None, sections)]) + "\n")
 
