@@ -230,7 +230,7 @@ def capture_video(
     prompts = [checked(prompt, loaded.world) for prompt in prompts]
     shape, keys = (num_frames or loaded.num_frames, *loaded.frame_shape), sample_keys(prompts, seed)
     with Capture(loaded.model, names, step, logits) as watched:
-        blocks = sample_blocks(watched, loaded.scheduler, loaded.encoder, prompts, sampling, shape, keys)
+        blocks = sample_blocks(watched, loaded.scheduler, *loaded.encode(prompts), sampling, shape, keys)
         video = torch.cat(list(blocks), dim=1)
         if step == "context":  # sample_blocks leaves the last block's memory pass out; the others are known by now
             cond = {name: x.to(video.device) for name, x in loaded.encoder(prompts).items()}

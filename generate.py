@@ -77,7 +77,13 @@ class LoadedModel:
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
-        return self.world.channels, self.world.canvas, self.world.canvas
+        return self.world.frame_shape
+
+    def encode(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the model reads of the prompts, and of none, on its device."""
+        device = next(self.model.parameters()).device
+        both = self.encoder(prompts), self.encoder.null(len(prompts))
+        return tuple({name: x.to(device) for name, x in cond.items()} for cond in both)
 
 
 def load_model(path: str | Path, weights: str = "ema", device="cpu") -> LoadedModel:
@@ -110,16 +116,13 @@ def pick(kind, settings) -> dict:
 
 
 def sample_blocks(
-    model, scheduler, encoder, prompts: Sequence[str], sampling: SamplingConfig, shape: Sequence[int], keys
+    model, scheduler, cond, uncond, sampling: SamplingConfig, shape: Sequence[int], keys
 ) -> Iterator[Tensor]:
-    """Yield the clean blocks [B, n, C, H, W] of one video per prompt, as soon as they exist.
+    """Yield the clean blocks [B, n, C, H, W] of one video per sample, as soon as they exist.
 
-    shape: (F, C, H, W). keys: see `sample_keys`.
+    cond, uncond: on the model's device. shape: (F, C, H, W). keys: see `sample_keys`.
     """
     device = next(model.parameters()).device
-    cond, uncond = (
-        {name: x.to(device) for name, x in embeds.items()} for embeds in (encoder(prompts), encoder.null(len(prompts)))
-    )
     guided = Guided(model, uncond, sampling.guidance_scale) if sampling.guidance_scale != 1 else model
     sampler = stochastic(sampling.fresh_noise)
     frames, *frame_shape = shape
@@ -141,12 +144,6 @@ def draw_noise(keys, num_frames: int, frame_shape, device=None) -> tuple[Tensor,
     first, rng = ([generator(*key, purpose) for key in keys] for purpose in ("noise", "renoise"))
     frames = [randn((len(keys), *frame_shape), first, device=device) for _ in range(num_frames)]
     return torch.stack(frames, dim=1), rng
-
-
-def sample(model, scheduler, encoder, prompts, sampling, shape, seed: int = 0) -> Tensor:
-    """One video per prompt, [B, F, C, H, W], on the CPU."""
-    blocks = sample_blocks(model, scheduler, encoder, prompts, sampling, shape, sample_keys(prompts, seed))
-    return torch.cat([block.float().cpu() for block in blocks], dim=1)
 
 
 def sample_keys(prompts: Sequence[str], seed: int) -> list[tuple]:
@@ -185,9 +182,8 @@ def sample_videos(
     with tqdm(total=len(prompts) * len(sizes), desc="blocks", unit="block", leave=False) as bar:
         for part in (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)):
             blocks = []
-            for block in sample_blocks(
-                loaded.model, loaded.scheduler, loaded.encoder, prompts[part], sampling, shape, keys[part]
-            ):
+            conditions = loaded.encode(prompts[part])
+            for block in sample_blocks(loaded.model, loaded.scheduler, *conditions, sampling, shape, keys[part]):
                 blocks.append(block.float().cpu())
                 bar.update(len(block))
             videos.append(torch.cat(blocks, dim=1))

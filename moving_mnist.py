@@ -80,6 +80,11 @@ class WorldConfig:
             )
 
     @property
+    def frame_shape(self):
+        """(C, H, W) of a frame."""
+        return self.channels, self.canvas, self.canvas
+
+    @property
     def reach(self):
         """The largest coordinate of a digit's top-left corner; the smallest is 0."""
         return self.canvas - self.digit_size
@@ -269,6 +274,7 @@ class MovingMNIST(torch.utils.data.Dataset):
         if seed < 0:
             raise ValueError(f"seed must be at least 0, not {seed}")
         self.config, self.seed, self.length = config, seed, length
+        self.frame_shape = config.frame_shape
         self.sprites, _ = sprites(config)
         self.digits = [parse_prompt(prompt) for prompt in prompts or []]
         for digits in self.digits:

@@ -89,6 +89,7 @@ class StoredPairs:
     """
 
     def __init__(self, folder: str | Path, config: WorldConfig, seed: int = 0):
+        self.frame_shape = config.frame_shape
         self.paths = sorted(Path(folder).glob("pairs_*.safetensors"))
         if not self.paths:
             raise ValueError(f"There are no pairs in {folder}: python ode_pairs.py --output_dir {folder} makes some.")

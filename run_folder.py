@@ -46,20 +46,25 @@ def prepare_folder(training, config: str) -> Path:
 
 def cannot_resume(folder: Path, training, config: str) -> str:
     """What the folder holds, in words, if it is not a run that this one can go on from; else nothing."""
-    last = folder / "checkpoint_last.pt"
+    last = find(folder, "checkpoint_last")
     if not folder.exists() or not any(folder.iterdir()):
         return ""
     if not holds(folder, config):
         return "a run with other settings" if (folder / "config.yaml").exists() else "other files"
-    if (folder / "checkpoint_final.pt").exists():
+    if find(folder, "checkpoint_final"):
         return "a finished run"
-    return "a run from older weights" if last.exists() and not is_current(last, training) else ""
+    return "a run from older weights" if last and not is_current(last, training) else ""
 
 
 def can_resume(training, config: str) -> bool:
     """Whether the folder holds a checkpoint of this very run to go on from."""
     folder = Path(training.output_dir)
-    return (folder / "checkpoint_last.pt").exists() and not cannot_resume(folder, training, config)
+    return bool(find(folder, "checkpoint_last")) and not cannot_resume(folder, training, config)
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """The checkpoint of that name, one process's file or the folder of many; none if there is none."""
+    return next((path for path in (folder / f"{name}.pt", folder / name) if path.exists()), None)
 
 
 def holds(folder: Path, config: str) -> bool:
@@ -119,6 +124,18 @@ class open_log:
 
     def __exit__(self, *error):
         self.file.close()
+
+
+@contextmanager
+def open_logs(cfg, folder: Path, step: int):
+    """A function that logs a row to metrics.csv and, if asked for, to wandb."""
+    with open_log(folder / "metrics.csv", step) as rows, wandb_log(cfg, folder) as wandb:
+
+        def log(values) -> None:
+            rows.writerow(values)
+            wandb(values)
+
+        yield log
 
 
 class Interrupt:

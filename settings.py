@@ -21,7 +21,7 @@ from hydra.errors import InstantiationException, MissingConfigException, Overrid
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from dynamic_video_sf import RolloutConfig, SelfForcingConfig
+from dynamic_video_sf import RolloutConfig, SelfForcingConfig, training_rollout
 from moving_mnist import WorldConfig
 from parametrisation import KINDS
 from tiny_causal_wan import WanConfig
@@ -35,8 +35,8 @@ CHOICES = {
     "parametrisation": KINDS,
     "init": ("teacher_forcing", "diffusion_forcing", "ode_pairs", "consistency"),
 }
-COUNTS = ("num_steps", "batch_size", "micro_batch_size", "checkpoint_every", "sample_every", "short_clip_frames")
-COUNTS += ("gradient_frames", "min_num_frames")
+COUNTS = ("num_steps", "batch_size", "micro_batch_size", "checkpoint_every", "sample_every", "num_previews")
+COUNTS += ("short_clip_frames", "gradient_frames", "min_num_frames")
 AT_LEAST_ZERO = ("seed", "warmup_steps", "short_clip_steps", "ema_start_step", "lr", "critic_lr", "weight_decay")
 LEAST = dict.fromkeys(COUNTS, 1) | dict.fromkeys(AT_LEAST_ZERO, 0)
 FRACTIONS = ("decay_fraction", "ema_decay", "prompt_dropout", "min_score_time", "short_clip_share", "shortest_share")
@@ -110,6 +110,7 @@ class TrainingConfig:
 
     checkpoint_every: int = 50
     sample_every: int = 50
+    num_previews: int = 8
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -227,10 +228,13 @@ def allows(hint, value) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def make_step(objective) -> Callable:
-    """The step of Algorithm 1 that an objective names, with the functions and numbers that it names beside it."""
+def make_step(objective, codec=None) -> Callable:
+    """The step of Algorithm 1 that an objective names, with the functions and numbers that it names beside it. A codec
+    re-encodes where a clip is cut out of a longer rollout of the student's own."""
     options = {name: function(value) for name, value in objective.items() if name not in ("step", "needs", "critic")}
     step = function(objective.step)
+    if codec and options.get("student_video") is training_rollout:
+        options["student_video"] = partial(training_rollout, reencode=codec.reencode_last_frame)
     try:
         inspect.signature(step).bind_partial(**options)
     except TypeError as error:

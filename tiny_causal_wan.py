@@ -376,14 +376,15 @@ class TinyCausalWanModel(nn.Module):
         if clean is not None:
             x_clean, time_clean = self.embed(clean, 0.0, cond, cache)
             x, time = torch.cat([x_clean, x], 1), torch.cat([time_clean.expand_as(time), time], 1)
-        x, _ = self.run_layers(x, time, cond, cache, mask, grid=x_t)
+        x = self.run_layers(x, time, cond, cache, mask, grid=x_t)
         frames = x_t.shape[1]
         return self.unpatchify(self.head(x[:, -frames:], time[:, -frames:]), x_t)
 
     def remember(self, x: Tensor, t: float | Tensor, cond: Mapping[str, Tensor], cache: KVCache) -> KVCache:
         """The cache extended by this block's keys and values at noise level t: a new one."""
         tokens, time = self.embed(x, t, cond, cache)
-        _, layers = self.run_layers(tokens, time, cond, cache, mask=None, grid=x)
+        layers: list[KeysValues] = []
+        self.run_layers(tokens, time, cond, cache, mask=None, grid=x, remembered=layers)
         return cache.extend(layers, num_frames=x.shape[1])
 
     # ------------------------------------------------------------------------------------------ steps of the above
@@ -442,8 +443,8 @@ class TinyCausalWanModel(nn.Module):
             raise ValueError(f"cond['image_latents'] end before frame {start + frames}: give them for the whole clip.")
         return latents
 
-    def run_layers(self, x, time, cond, cache, mask, grid) -> tuple[Tensor, list[KeysValues]]:
-        """All layers over tokens x [b f s e]; also every layer's new keys and values."""
+    def run_layers(self, x, time, cond, cache, mask, grid, remembered: list[KeysValues] | None = None) -> Tensor:
+        """All layers over tokens x [b f s e]; every layer's new keys and values are added to `remembered`, if given."""
         _, ph, pw = self.config.patch_size
         start, frames = cache.next_frame if cache else 0, grid.shape[1]
         head_dim = self.config.dim // self.config.num_heads
@@ -453,12 +454,12 @@ class TinyCausalWanModel(nn.Module):
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [b f 6 e]
         text, image = self.embed_text(cond["prompt_embeds"]), self.embed_image(cond)
         past = self.past(cache) if cache and cache.layers else [None] * len(self.blocks)
-        new = []
         for i, layer in enumerate(self.blocks):
             attend = partial(self.attention, layer=i)
             x, keys_values = layer(x, modulation, text, image, rotations, attend, mask, past[i])
-            new.append(keys_values)
-        return x, new
+            if remembered is not None:
+                remembered.append(keys_values)
+        return x
 
     def past(self, cache: KVCache) -> Sequence[KeysValues]:
         """Every layer's cached keys and values, the sink's keys moved up to the window if the cache says so.

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,24 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import EMA, Weights, fill, load_checkpoint, load_weights, locate, save_checkpoint
+from checkpoint import EMA, Weights, fill, load_weights, locate
 from dynamic_video_sf import causal_forcing_loss, consistency_loss, flow_matching_loss, ode_regression_loss
 from flow_match import FlowMatchScheduler
-from generate import SamplingConfig, sample
+from generate import SamplingConfig, sample_blocks, sample_keys
 from kv_cache import block_sizes
+from processes import OneProcess
 from randomness import generator, generators, rand, randn
 from run_folder import (
     Evaluations,
     Interrupt,
     can_resume,
+    find,
     holds,
     is_current,
     keep_freed_memory,
     machine,
-    open_log,
+    open_logs,
     prepare_folder,
-    wandb_log,
 )
 from settings import TrainingConfig, function, load_config, make, make_step
 from visualization import film_strip
@@ -64,9 +65,14 @@ class Run:
     teacher: nn.Module | None = None
     algorithm: Callable | None = None
     evaluations: Evaluations | None = None
+    processes: Any = field(default_factory=lambda: OneProcess("cpu"))
+    codec: Any = None
     step: int = 0
     seconds: float = 0.0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
 
     def state_dict(self) -> dict:
         """The checkpoint schema of checkpoint.py."""
@@ -103,10 +109,11 @@ def build(cfg, resuming: bool = False) -> Run:
     """A run at step 0 out of the composed config; when resuming, what it trains needs no weights to start from."""
     config: TrainingConfig = make(cfg.training)
     torch.manual_seed(config.seed)
-    device = pick_device(config.device)
-    start = None if resuming or not config.pretrained_checkpoint else load_weights(locate(config.pretrained_checkpoint))
-    networks = {"generator": network(cfg.generator, cfg, start, device)}
-    teacher, critic, algorithm = scores(cfg, config, device)
+    processes = make(cfg.processes)
+    start = None if resuming else weights_for(cfg.generator, config.pretrained_checkpoint)
+    networks = {"generator": place(network(cfg.generator, cfg, start), processes)}
+    codec = make(cfg.codec) if cfg.codec else None
+    teacher, critic, algorithm = scores(cfg, config, processes, codec)
     if critic:
         networks["critic"] = critic
     if config.compile:  # not what rolls out: it would be compiled anew for every length of its cache
@@ -116,40 +123,51 @@ def build(cfg, resuming: bool = False) -> Run:
     optimizers = {"generator": make_optimizers(networks["generator"], config.optimizer, config.lr, config)}
     if "critic" in networks:
         optimizers["critic"] = make_optimizers(networks["critic"], config.critic_optimizer, config.critic_lr, config)
+    encoder = make(cfg.encoder)
+    if getattr(encoder, "sharded", False):
+        encoder.place = partial(processes.place, trained=False)
+    record = OmegaConf.to_container(cfg, resolve=True)
+    if "path" in cfg.generator:  # it knows its own sizes
+        record["model"] = asdict(networks["generator"].config)
     run = Run(
         config,
-        OmegaConf.to_container(cfg, resolve=True),
+        record,
         make(cfg.scheduler),
         make(cfg.data),
-        make(cfg.encoder),
+        encoder,
         networks,
         optimizers,
         EMA(networks["generator"], config.ema_decay, config.ema_start_step),
         teacher,
         algorithm,
         Evaluations([*networks.values(), *([teacher] if teacher else [])]),
-        device=device,
+        processes,
+        codec,
     )
     check_shapes(run)
     return run
 
 
-def scores(cfg, config: TrainingConfig, device) -> tuple[nn.Module | None, nn.Module | None, Callable | None]:
+def scores(cfg, config: TrainingConfig, processes, codec) -> tuple[nn.Module | None, nn.Module | None, Callable | None]:
     """The frozen teacher, the critic and the step of the algorithm, as far as the stage has them."""
     kind = {"self_forcing": "teacher", "init": "init"}.get(config.stage)
     if not kind or (kind == "init" and config.init != "consistency"):
         return None, None, None
     if not (config.pretrained_checkpoint and config.teacher_checkpoint):
         raise ValueError(f"stage={config.stage} needs training.pretrained_checkpoint and training.teacher_checkpoint.")
-    weights = load_weights(locate(config.teacher_checkpoint))
-    check_teacher(weights, kind)
-    teacher = network(cfg.real_score, cfg, weights, device).requires_grad_(False)
+    weights = weights_for(cfg.real_score, config.teacher_checkpoint)
+    if weights:
+        check_teacher(weights, kind)
+    teacher = None
+    if kind == "init" or "teacher" in cfg.objective.needs:
+        teacher = network(cfg.real_score, cfg, weights).requires_grad_(False)
+        teacher = place(teacher, processes, trained=False)
     if kind == "init":
         return teacher, None, None
-    critic = network(cfg.fake_score, cfg, weights, device)
+    critic = network(cfg.fake_score, cfg, weights)
     if "critic" in cfg.objective:
-        critic = function(cfg.objective.critic)(critic).to(device)
-    return teacher if "teacher" in cfg.objective.needs else None, critic, make_step(cfg.objective)
+        critic = function(cfg.objective.critic)(critic)
+    return teacher, place(critic, processes), make_step(cfg.objective, codec)
 
 
 def check_teacher(weights: Weights, kind: str) -> None:
@@ -168,7 +186,8 @@ def check_shapes(run: Run) -> None:
     if split != "train":
         raise ValueError(f"world.split must be train, got {split}: the other digits are kept for measuring.")
     batch = run.data.batch([0])
-    _, num_frames, channels, *_ = batch["video"].shape
+    channels, *_ = run.data.frame_shape
+    num_frames = clip_frames(run, batch)
     model = run.networks["generator"].config
     text_dim = run.encoder(batch["prompts"])["prompt_embeds"].shape[-1]
     if text_dim != model.text_dim:
@@ -185,33 +204,40 @@ def check_shapes(run: Run) -> None:
         block_sizes(min(num_frames, run.config.short_clip_frames), run.config.num_frames_per_block)
 
 
-def pick_device(name: str) -> torch.device:
-    found = ["cuda"] * torch.cuda.is_available() + ["cpu"]
-    if name == "auto":
-        name = "cuda" if "cuda" in found else "cpu"
-    if name.split(":")[0] not in found:
-        raise ValueError(f"training.device={name} is not to be had on this machine; use {' or '.join(found)}.")
-    return torch.device(name)
+def weights_for(builder, path: str | None) -> Weights | None:
+    """What a network that is built from its sizes starts from; a builder with a `path` brings its weights itself."""
+    return load_weights(locate(path)) if path and "path" not in builder else None
 
 
-def network(builder, cfg, weights: Weights | None, device) -> nn.Module:
+def clip_frames(run: Run, batch) -> int:
+    """How long the data's clips are; without clips, the shortest rollout."""
+    return batch["video"].shape[1] if "video" in batch else run.config.min_num_frames
+
+
+def network(builder, cfg, weights: Weights | None) -> nn.Module:
     model = make(builder)
     if cfg.attention:
         model.attention = function(cfg.attention)
     if weights:
         fill(model, weights.state_dict, weights.path)
-    if any(p.dtype != torch.float32 for p in model.parameters()):
+    return model
+
+
+def place(model: nn.Module, processes, trained: bool = True) -> nn.Module:
+    """The network where it computes, alone or shared out among processes."""
+    model = processes.place(model, trained=trained)
+    if trained and any(p.dtype != torch.float32 for p in model.parameters()):
         raise ValueError(
             "Master weights must be float32: small updates vanish in half precision. Use training.autocast."
         )
-    return model.to(device)
+    return model
 
 
 def make_optimizers(model: nn.Module, kind: str, lr: float, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """AdamW or, for the matrices inside the layers, Muon with AdamW for the rest; each remembers its base lr."""
-    muon = [p for name, p in model.named_parameters() if kind == "muon" and p.ndim == 2 and "blocks." in name]
-    chosen = {id(p) for p in muon}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    named = list(model.named_parameters())
+    muon = [(name, p) for name, p in named if kind == "muon" and p.ndim == 2 and "blocks." in name]
+    rest = [one for one in named if one[0] not in dict(muon)]
     options = {"weight_decay": config.weight_decay}
     optimizers = [torch.optim.AdamW(rest, lr=lr / 10 if muon else lr, betas=tuple(config.betas), **options)]
     if muon:
@@ -257,8 +283,9 @@ def init_losses(run: Run, samples: Sequence[int], rng, observe) -> Iterator[tupl
 def self_forcing_losses(run: Run, samples: Sequence[int], rng, observe) -> Iterator[tuple[str, Tensor]]:
     config = run.config.self_forcing
     batch = run.data.batch(samples)
-    cond, uncond = to(run.encoder(batch["prompts"]), run.device), to(run.encoder.null(len(samples)), run.device)
-    shape = (len(samples), config.max_num_frames, *batch["video"].shape[2:])
+    cond, uncond = (conditions(run, batch, x) for x in (run.encoder(batch["prompts"]), run.encoder.null(len(samples))))
+    shape = (len(samples), config.max_num_frames, *run.data.frame_shape)
+    data = batch["video"].to(run.device) if "video" in batch else None
     yield from run.algorithm(
         run.networks["generator"],
         run.teacher,
@@ -268,7 +295,7 @@ def self_forcing_losses(run: Run, samples: Sequence[int], rng, observe) -> Itera
         cond,
         uncond,
         config,
-        data=batch["video"].to(run.device),
+        data=data,
         rng=rng,
         shared_rng=generator(run.config.seed, run.step, "shared"),
         observe=lambda name, **values: observe(name=name, **values),
@@ -291,20 +318,25 @@ def clips(run: Run, samples: Sequence[int], rng) -> tuple[Tensor, dict[str, Tens
         video = video[:, : run.config.short_clip_frames]
     dropped = rand((len(samples), 1), rng)[:, 0] < run.config.prompt_dropout
     prompts = ["" if drop else prompt for drop, prompt in zip(dropped, batch["prompts"], strict=True)]
-    return video.to(run.device), to(run.encoder(prompts), run.device)
+    return video.to(run.device), conditions(run, batch, run.encoder(prompts))
+
+
+def conditions(run: Run, batch, prompt: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a model looks into: the encoded prompts and what the data have besides, such as a given image."""
+    return to({**prompt, **batch.get("cond", {})}, run.device)
 
 
 def training_loop(run: Run) -> Iterator[dict[str, float]]:
     """Train to `num_steps`, yielding what each step reports; `run.step` is already counted up."""
     config = run.config
-    micro = config.micro_batch_size or config.batch_size
+    micro = config.micro_batch_size or max(1, config.batch_size // run.processes.count)
     while run.step < config.num_steps:
         start, report = time.perf_counter(), Report()
         run.evaluations.take()
         first = run.step * config.batch_size
+        parts = [range(begin, begin + micro) for begin in range(first, first + config.batch_size, micro)]
         streams = []
-        for begin in range(first, first + config.batch_size, micro):
-            samples = range(begin, begin + micro)
+        for samples in run.processes.share(parts):
             rng = generators(config.seed, run.step, "train", samples=samples)
             streams.append(LOSSES[config.stage](run, samples, rng, report.observe))
         for name in config.updates:
@@ -312,7 +344,8 @@ def training_loop(run: Run) -> Iterator[dict[str, float]]:
         run.step += 1
         run.ema.update(run.step)
         run.seconds += time.perf_counter() - start
-        yield {"step": run.step, "seconds": run.seconds, "evaluations": run.evaluations.take(), **report.means()}
+        reports, evaluations = zip(*run.processes.gather((report.values, run.evaluations.take())), strict=True)
+        yield {"step": run.step, "seconds": run.seconds, "evaluations": sum(evaluations), **means(reports)}
 
 
 def update(run: Run, name: str, streams: list[Iterator[tuple[str, Tensor]]], report: "Report") -> None:
@@ -325,7 +358,7 @@ def update(run: Run, name: str, streams: list[Iterator[tuple[str, Tensor]]], rep
         assert loss_of == name
         (loss / len(streams)).backward()
         report.add(f"{name}_loss", loss.item())
-    norm = nn.utils.clip_grad_norm_(model.parameters(), run.config.max_grad_norm)
+    norm = run.processes.clip_gradients(model, run.config.max_grad_norm)
     if not norm.isfinite():
         raise FloatingPointError(
             f"The gradient of the {name} is not finite at step {run.step}; lower its learning rate."
@@ -365,7 +398,7 @@ def to(cond: dict[str, Tensor], device) -> dict[str, Tensor]:
 
 
 class Report:
-    """Means of what one step's losses say about themselves; flow errors also per quarter of the noise range."""
+    """What one step's losses say about themselves; flow errors per quarter of the noise range."""
 
     def __init__(self):
         self.values = defaultdict(list)
@@ -381,8 +414,13 @@ class Report:
             for each, at in zip(error.tolist(), level.tolist(), strict=True):
                 self.add(f"{name}_flow_error_t{min(int(at * 4), 3) / 4:.2f}", each)
 
-    def means(self) -> dict[str, float]:
-        return {name: sum(values) / len(values) for name, values in sorted(self.values.items())}
+
+def means(reports: Sequence[dict[str, list[float]]]) -> dict[str, float]:
+    """Mean over everything that all processes report under a name."""
+    together = defaultdict(list)
+    for name, values in (item for report in reports for item in report.items()):
+        together[name] += values
+    return {name: sum(values) / len(values) for name, values in sorted(together.items())}
 
 
 # ------------------------------------------------------------------------------------------- around the loop
@@ -393,28 +431,35 @@ def fit(cfg) -> Path:
     keep_freed_memory()
     record = OmegaConf.to_yaml(cfg, resolve=True)
     run = build(cfg, resuming=can_resume(cfg.training, record))
-    folder = prepare_folder(run.config, record)
-    last, final = folder / "checkpoint_last.pt", folder / "checkpoint_final.pt"
+    processes, folder = run.processes, Path(run.config.output_dir)
+    if processes.is_first:
+        prepare_folder(run.config, record)
+    processes.gather(None)  # the others wait until the folder is there
+    last, final = (processes.path(folder, name) for name in ("checkpoint_last", "checkpoint_final"))
     if last.exists():
-        run.load_state_dict(load_checkpoint(last))
-        print(f"Resuming {folder} at step {run.step}.")
+        run.load_state_dict(processes.load(last, run.state_dict()))
+        if processes.is_first:
+            print(f"Resuming {folder} at step {run.step}.")
     stop = Interrupt()
-    with open_log(folder / "metrics.csv", run.step) as log, wandb_log(cfg, folder) as wandb, stop:
-        loop = training_loop(run)
-        bar = tqdm(loop, initial=run.step, total=run.config.num_steps, desc=run.config.stage, unit="step")
+    shown = {"total": run.config.num_steps, "desc": run.config.stage, "unit": "step", "disable": not processes.is_first}
+    with open_logs(cfg, folder, run.step) if processes.is_first else nullcontext(dict) as log, stop:
+        bar = tqdm(training_loop(run), initial=run.step, **shown)
         for values in bar:
             if run.step % run.config.sample_every == 0 or run.step == run.config.num_steps:
                 values |= preview(run, folder)
-            log.writerow(values)
-            wandb(values)
+            log(values)
             bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.endswith("_loss")})
-            if run.step % run.config.checkpoint_every == 0 or stop.asked:
-                save_checkpoint(last, run.state_dict())
-            if stop.asked:
+            stopping = any(processes.gather(stop.asked))
+            if run.step % run.config.checkpoint_every == 0 or stopping:
+                processes.save(last, run.state_dict())
+            if stopping:
+                processes.finish()
                 sys.exit(f"Stopped at step {run.step}; the same command goes on from there.")
-    save_checkpoint(final, run.state_dict())
-    last.unlink(missing_ok=True)
-    print(f"{final}: {run.step} steps in {run.seconds:.0f} s")
+    processes.save(final, run.state_dict())
+    processes.finish()
+    processes.remove(last)
+    if processes.is_first:
+        print(f"{final}: {run.step} steps in {run.seconds:.0f} s")
     return final
 
 
@@ -425,20 +470,20 @@ def preview(run: Run, folder: Path) -> dict[str, float]:
     trained = {name: p.detach().clone() for name, p in model.state_dict().items()}
     if weights:
         model.load_state_dict(weights, strict=False)
-    batch = run.data.batch(range(8))
-    sampling = SamplingConfig.of(asdict(run.config), batch["video"].shape[1])
+    batch = run.data.batch(range(run.config.num_previews))
+    num_frames, prompts = clip_frames(run, batch), batch["prompts"]
+    cond, uncond = (conditions(run, batch, x) for x in (run.encoder(prompts), run.encoder.null(len(prompts))))
+    sampling, shape = SamplingConfig.of(asdict(run.config), num_frames), (num_frames, *run.data.frame_shape)
+    keys = sample_keys(prompts, run.config.seed)
     with autocast(run), torch.compiler.set_stance("force_eager"):
-        video = sample(
-            model,
-            run.scheduler,
-            run.encoder,
-            batch["prompts"],
-            sampling,
-            batch["video"].shape[1:],
-            seed=run.config.seed,
-        )
+        blocks = list(sample_blocks(model, run.scheduler, cond, uncond, sampling, shape, keys))
+    video = torch.cat([block.float().cpu() for block in blocks], dim=1)
     model.load_state_dict(trained)
-    film_strip(video, folder / "samples" / f"step_{run.step:06d}.png", labels=batch["prompts"])
+    if run.codec:
+        video = run.codec.decode(video.to(run.device)).cpu()
+    if run.processes.is_first:
+        strip = folder / "samples" / f"step_{run.step:06d}.png"
+        film_strip(video, strip, every=1 + video.shape[1] // 24, labels=prompts)
     shown = (video + 1) / 2
     return {"sample_ink": shown.mean().item(), "sample_speed": shown.diff(dim=1).abs().mean().item()}
 
@@ -492,8 +537,8 @@ def stage_of(name: str) -> str:
 
 def fit_once(cfg) -> Path:
     """A stage of an experiment: finished ones are not run again."""
-    final = Path(cfg.training.output_dir) / "checkpoint_final.pt"
-    if holds(final.parent, OmegaConf.to_yaml(cfg, resolve=True)) and is_current(final, cfg.training):
+    final = find(Path(cfg.training.output_dir), "checkpoint_final")
+    if final and holds(final.parent, OmegaConf.to_yaml(cfg, resolve=True)) and is_current(final, cfg.training):
         print(f"{final} is there already.")
         return final
     return fit(cfg)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from checkpoint import StateDict, fill
 from full_scale.pretrained import DOWNLOADS, find, load_frozen
 from full_scale.wan import first, pick_dtype, read_file
+from processes import pick_device
 
 STRIDE = 8  # pixels per latent, in height and width; 4 in time
 
@@ -42,7 +43,7 @@ def load_vae(
     vae.enable_slicing()  # one clip of a batch at a time: the same numbers in less memory
     if tiling:
         vae.enable_tiling()
-    return WanVAE(vae).to(device).eval().requires_grad_(False)
+    return WanVAE(vae).to(pick_device(str(device or "cpu"))).eval().requires_grad_(False)
 
 
 def read_wan_vae(path: Path) -> nn.Module:

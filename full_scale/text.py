@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from checkpoint import StateDict, atomic
 from full_scale.pretrained import DOWNLOADS, TOKENIZER, find, fingerprint, load_frozen
 from full_scale.wan import first, pick_dtype, read_file
+from processes import pick_device
 
 NEGATIVE_PROMPT = (  # Wan's own, for text to video
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -37,8 +38,9 @@ class TextEncoder:
     the tokenizer, where it is not in its usual place beside it. cache: a folder for embeddings, one file per prompt; a
     prompt found there needs no network, which is loaded when it is first missed. Results are in `dtype` on `device`.
 
-    The cache may be shared by processes and left behind by an interrupted one. With a network that is sharded over
-    processes, use none, or fill it before: all of them have to miss the same prompts.
+    The cache may be shared by processes and left behind by an interrupted one. sharded: the network is shared out among
+    the processes of a training run, each of which then has to compute the same number of prompts: no cache. device may
+    be "auto". Raises ValueError for both at once and for files that are not there.
     """
 
     def __init__(
@@ -51,18 +53,23 @@ class TextEncoder:
         cache: str | Path | None = None,
         dtype: torch.dtype | str = torch.bfloat16,
         device: torch.device | str = "cpu",
+        sharded: bool = False,
     ):
+        if sharded and cache:
+            raise ValueError(
+                "A sharded text encoder cannot have a cache: set encoder.cache=null or encoder.sharded=false."
+            )
         self.path = find("text encoder", path)
         self.tokenizer_file = find_tokenizer(Path(tokenizer) if tokenizer else self.path)
         self.text_len, self.negative_prompt = text_len, negative_prompt
         self.cache = Path(cache) if cache else None
-        self.dtype, self.device = pick_dtype(dtype, ()), torch.device(device)
+        self.dtype, self.device = pick_dtype(dtype, ()), pick_device(str(device))
+        self.sharded, self.place = sharded, None  # who shares it out says how
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Always text_len tokens, so that shapes never change; equal prompts of a batch are encoded once."""
-        embeds = {prompt: self.embed(prompt) for prompt in dict.fromkeys(prompts)}
-        padded = {prompt: F.pad(x, (0, 0, 0, self.text_len - len(x))) for prompt, x in embeds.items()}
-        return {"prompt_embeds": torch.stack([padded[prompt] for prompt in prompts])}
+        """Always text_len tokens, so that shapes never change."""
+        embeds = [self.embed(prompt) for prompt in prompts]
+        return {"prompt_embeds": torch.stack([F.pad(x, (0, 0, 0, self.text_len - len(x))) for x in embeds])}
 
     def null(self, batch: int) -> dict[str, Tensor]:
         """The negative prompt `batch` times: what guidance leads away from."""
@@ -90,7 +97,8 @@ class TextEncoder:
 
     @cached_property
     def model(self) -> nn.Module:
-        return load_umt5(self.path, self.dtype).to(self.device)
+        model = load_umt5(self.path, self.dtype)
+        return self.place(model) if self.place else model.to(self.device)
 
     @cached_property
     def tokenize(self) -> Callable[[str], list[int]]:

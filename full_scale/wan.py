@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoint import StateDict, Weights, fill
+from full_scale import sharded_checkpoint
 from tiny_causal_wan import TinyCausalWanModel, WanConfig
 
 T2V_1_3B = WanConfig(
@@ -46,7 +47,8 @@ def load_transformer(
     """The Wan transformer stored at `path`, in `dtype` (by default the widest stored one) on `device` (the CPU).
 
     path: an official folder (config.json and *.safetensors, sharded or not), a diffusers transformer folder or the
-    pipeline folder around it, or a .pt / .safetensors file of Self-Forcing, Self-Forcing-Plus, train.py or convert.py.
+    pipeline folder around it, a .pt / .safetensors file of Self-Forcing, Self-Forcing-Plus, train.py or convert.py, or
+    a checkpoint that train.py wrote in many processes.
     config: a WanConfig, a name in WAN_CONFIGS or the path of a config.json; by default the one stored with the
     weights, else the released model of their width. weights: "ema" prefers averaged weights, "raw" passes them over.
 
@@ -86,8 +88,18 @@ def read(path: Path, weights: str = "ema") -> Weights:
         raise ValueError(
             f"There is no {path}: give a folder or file of weights, downloaded for example by `{example}`."
         )
-    content, settings = read_folder(path) if path.is_dir() else read_file(path)
+    if (path / sharded_checkpoint.STATE).is_file():
+        content, settings = read_sharded(path, weights)
+    else:
+        content, settings = read_folder(path) if path.is_dir() else read_file(path)
     return Weights(without_wrappers(pick_network(content, weights, path), path), settings, path)
+
+
+def read_sharded(folder: Path, weights: str) -> tuple[Mapping, Mapping]:
+    """The networks that are asked for in a training checkpoint of many processes, and the sizes of the generator."""
+    wanted = tuple(f"{name}/" for name in NETWORKS.get(weights, ()))
+    state = sharded_checkpoint.load(folder, wanted=lambda name: name.startswith(wanted))
+    return state, state["config"]["model"]
 
 
 def read_folder(folder: Path) -> tuple[StateDict, Mapping]:

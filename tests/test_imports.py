@@ -174,3 +174,22 @@ def test_module_level_is_what_runs_on_import():
     """Imports under `if` or `try` at the top count, imports inside a function do not."""
     tree = ast.parse("if a:\n    import b\nclass C:\n    import d.e\ndef f():\n    import g\nfrom h import i")
     assert packages(at_import(tree)) == {"b", "d", "h"}
+
+
+ALGORITHM_CALLS = {"add_noise", "to_x0", "to_flow", "denoising_times", "warp", "backward", "sample_times"}
+
+
+def defined(tree):
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)} - COMMAND_LINES
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("full_scale")])
+def test_full_scale_has_no_algorithm_of_its_own(name):
+    """No schedule, no denoising loop, no loss: it imports those of the small world, and redefines none of them."""
+    called = {
+        node.func.attr for node in ast.walk(SOURCES[name]) if isinstance(node, ast.Call) and hasattr(node.func, "attr")
+    }
+    assert not called & ALGORITHM_CALLS
+    ours = {one for module in ("dynamic_video_sf", "flow_match", "samplers") for one in defined(SOURCES[module])}
+    own = defined(SOURCES[name])
+    assert not own & ours and not any("loss" in one.lower() for one in own)

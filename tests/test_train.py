@@ -20,6 +20,7 @@ import run_folder
 import settings
 import train
 from checkpoint import load_checkpoint, load_weights
+from processes import OneProcess
 from tiny_causal_wan import TinyCausalWanModel
 from visualization import film_strip
 
@@ -53,7 +54,7 @@ def finished(weights, tmp_path_factory):
 def plain_strips(monkeypatch):
     """Drawing takes longer than the tiny runs: leave a file where the picture would be."""
 
-    def mark(video, path, labels):
+    def mark(video, path, labels, every=1):
         path.parent.mkdir(exist_ok=True)
         path.touch()
 
@@ -422,7 +423,7 @@ def test_half_precision_masters_are_refused():
     cfg = train.load_config(SIZES)
     builder = {"_target_": "tiny_runs.half_model", "config": cfg.model}
     with pytest.raises(ValueError, match="must be float32.*autocast"):
-        train.network(builder, cfg, None, "cpu")
+        train.place(train.network(builder, cfg, None), OneProcess("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

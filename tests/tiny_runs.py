@@ -25,10 +25,10 @@ def options(stage, folder, weights=None, *more):
     return [f"stage={stage}", *TINY, f"training.output_dir={folder}", *starts, *more]
 
 
-def make_weights(folder):
+def make_weights(folder, *more):
     """Two shipped networks, start and teacher, with every parameter, the zero head included, at random."""
     for seed, (name, stage) in enumerate({"start": "self_forcing", "teacher": "teacher"}.items()):
-        cfg = train.load_config([f"stage={stage}", *TINY])
+        cfg = train.load_config([f"stage={stage}", *TINY, *more])
         record = {"config": train.OmegaConf.to_container(cfg, resolve=True)}
         torch.manual_seed(seed)
         model = train.make(cfg.generator)

@@ -1,0 +1,173 @@
+"""A run shared out among processes with FSDP2: what train.py asks of OneProcess, for many.
+
+The algorithm knows nothing of it. Every process computes its part of the global batch with the whole model, of which it
+keeps a shard and gathers a layer at a time; gradients are averaged. All randomness is a function of the sample's number
+in the global batch, so that any number of processes trains the same model, up to rounding.
+"""
+
+import atexit
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+from full_scale import sharded_checkpoint
+from full_scale.sharded_checkpoint import ShardedWriter
+from processes import pick_device
+
+T = TypeVar("T")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+METHODS = ("remember",)  # besides forward, what is called on a model and needs its parameters
+
+
+class FullySharded:
+    """One of the processes that torchrun starts (or the only one).
+
+    precision: what the networks compute in, "bf16" or "fp32"; what is trained, its average and the sum of gradients are
+    fp32. processes_per_replica: shards are shared out among so many neighbours, such as the GPUs of one machine, and
+    each such group holds a whole model (hybrid sharding); None: among all. checkpoint_activations keeps of a layer that
+    is trained only its input, and computes it again for the gradient. offload keeps parameters, gradients and optimizer
+    in the memory of the CPU. compile: each layer, with torch.compile. Raises ValueError for what does not fit together.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        *,
+        precision: str = "bf16",
+        processes_per_replica: int | None = None,
+        checkpoint_activations: bool = True,
+        offload: bool = False,
+        compile: bool = False,
+    ):
+        if precision not in PRECISIONS:
+            raise ValueError(f"processes.precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+        self.device = join(device)
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.is_first = self.rank == 0
+        self.checkpoint_activations, self.compile = checkpoint_activations, compile
+        self.mesh = make_mesh(self.device.type, self.count, processes_per_replica)
+        # Inputs are not cast: the model does it where it wants to, and a time in bf16 would be another time. What a
+        # model keeps beside its layers would by default stay whole after a call; zero_grad between a call without
+        # gradient and the next would then clear the gradient of the copy, and the old one would be added to the new.
+        self.sharding = {
+            "mesh": self.mesh,
+            "reshard_after_forward": True,
+            "mp_policy": MixedPrecisionPolicy(PRECISIONS[precision], torch.float32, cast_forward_inputs=False),
+            **({"offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")} if offload else {}),
+        }
+        self.writer = ShardedWriter()
+
+    def place(self, model: nn.Module, *, trained: bool) -> nn.Module:
+        """The same model, every layer of it and what is left sharded; what is trained becomes float32 on the way.
+
+        In the order that PyTorch documents: recomputation, compilation, sharding, from the layers up. Layers are
+        wrapped at their forward, so that no parameter changes its name.
+        """
+        for layer in layers(model):
+            if trained and self.checkpoint_activations:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            if self.compile:
+                layer.forward = torch.compile(layer.forward)
+            fully_shard(layer.float() if trained else layer, **self.sharding)
+        fully_shard(model.float() if trained else model, **self.sharding)
+        for method in METHODS:
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
+        return model
+
+    def share(self, parts: Sequence[T]) -> Sequence[T]:
+        """Every count-th part of a global batch, from this process's own number on: all have equally many."""
+        if len(parts) % self.count:
+            raise ValueError(
+                f"A batch in {len(parts)} parts cannot be shared out among {self.count} processes: "
+                "set training.batch_size or training.micro_batch_size so that the number of parts is a multiple of it."
+            )
+        return parts[self.rank :: self.count]
+
+    def gather(self, value: T) -> list[T]:
+        """What every process has at this point, in their order; all wait for each other."""
+        values: list = [None] * self.count
+        dist.all_gather_object(values, value, group=self.writer.group)
+        return values
+
+    def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Scale the whole gradient down to max_norm if it is longer; its length before."""
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm).full_tensor()
+
+    def path(self, folder: Path, name: str) -> Path:
+        """Where the checkpoint of that name lies in a run's folder: a link to a folder."""
+        return folder / name
+
+    def save(self, path: Path, state: dict[str, Any]) -> None:
+        """Begin to write; training goes on meanwhile."""
+        self.writer.save(path, state)
+
+    def load(self, path: Path, like: dict[str, Any]) -> dict[str, Any]:
+        """The saved state, shared out as `like`, the state that the run has, is."""
+        return sharded_checkpoint.load(path, dict(shared_out(like)))
+
+    def remove(self, path: Path) -> None:
+        """Forget a checkpoint, if there is one."""
+        if self.is_first:
+            sharded_checkpoint.remove(path)
+
+    def finish(self) -> None:
+        """Wait until what is being written is on disk."""
+        self.writer.wait()
+
+
+def join(device: str) -> torch.device:
+    """Become one of the processes that torchrun started; without it, a group of one. The device that is this one's."""
+    kind = pick_device(device).type
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **alone)
+        atexit.register(leave)
+    return torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def make_mesh(kind: str, count: int, processes_per_replica: int | None) -> DeviceMesh:
+    """All processes in one row, or in rows that each hold a whole model."""
+    own = processes_per_replica or count
+    if own < 1 or count % own:
+        raise ValueError(f"processes.processes_per_replica={own} must divide the number of processes, {count}.")
+    if own == count:
+        return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (count // own, own), mesh_dim_names=("replicate", "shard"))
+
+
+def layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The model's longest list of modules: what is gathered one at a time."""
+    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len, default=())
+
+
+def shared_out(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """For every tensor that a checkpoint may have, by its name in there, the parameter that it is shared out like."""
+    for model, average, optimizers in (
+        ("generator_state_dict", "ema_state_dict", "optimizer_state_dict"),
+        ("critic_state_dict", None, "critic_optimizer_state_dict"),
+    ):
+        parameters = state[model] or {}
+        for kind in filter(None, (model, average)):
+            yield from ((f"{kind}/{name}", x) for name, x in parameters.items())
+        for i, optimizer in enumerate(state[optimizers]):
+            for group in optimizer["param_groups"]:
+                for number, name in zip(group["params"], group["param_names"], strict=True):
+                    yield f"{optimizers}/{i}/state/{number}", parameters[name]

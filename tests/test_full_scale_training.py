@@ -1,0 +1,120 @@
+"""The recipes of full_scale, through train.py, with small random models in the real files' formats."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import on_ranks
+from small_wan import write_text_encoder, write_vae
+from test_full_scale_parallelize import LOSSES, killed_after_two_steps, trained
+from tiny_runs import REPOSITORY, rows
+
+from full_scale import sharded_checkpoint
+from full_scale.convert import save_transformer
+from full_scale.data import Prompts, shuffled
+from full_scale.wan import load_transformer
+from tiny_causal_wan import TinyCausalWanModel, WanConfig
+
+SMALL = WanConfig("t2v", 16, 16, 48, 96, 2, 2, (1, 2, 2), 64, 512, freq_dim=32)
+PROMPTS = ["a red ball rolls", "a cat sleeps", "rain on a window", "a boat far out", "two birds"]
+QUICK = ["processes.precision=fp32", "data.frame_shape=[16,4,4]", "training.num_steps=3", "training.batch_size=2"]
+QUICK += ["training.checkpoint_every=2", "training.sample_every=2", "training.device=cpu", "training.critic_steps=2"]
+QUICK += ["training.lr=0.001", "training.critic_lr=0.001"]
+SHORT = [f"training.{name}=6" for name in ("gradient_frames", "min_num_frames", "max_num_frames")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a user would have downloaded: student, teacher and critic in three formats, text encoder, prompts."""
+    folder = tmp_path_factory.mktemp("wan_models")
+    for seed, name in enumerate(("student", "teacher", "critic")):
+        torch.manual_seed(seed)
+        model = TinyCausalWanModel(SMALL)
+        for parameter in model.parameters():  # the head starts at zero, which would hide what comes before it
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        save_transformer(model, folder / name, "diffusers" if name == "critic" else "official")
+        if name == "student":
+            wrapped = {f"model._fsdp_wrapped_module.{key}": x for key, x in model.state_dict().items()}
+            torch.save({"generator_ema": wrapped}, folder / "student.pt")
+    write_text_encoder(folder, official=True, dim=64)
+    write_vae(folder, official=True)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+def recipe(name, folder, out, *more):
+    """The recipe with this folder's files for its weights, shrunken."""
+    student = [f"training.pretrained_checkpoint={folder}/student.pt", f"+generator.config={folder}/student/config.json"]
+    if "14b" in name:
+        student = [f"training.pretrained_checkpoint={folder}/student", "training.num_frames_per_block=6"]
+    paths = [f"training.teacher_checkpoint={folder}/teacher", f"fake_score.path={folder}/critic"]
+    paths += [f"data.path={folder}/prompts.txt", f"encoder.path={folder}", f"encoder.cache={folder}/cache"]
+    paths += [f"codec.path={folder}"]
+    return [f"experiment={name}", *student, *paths, *SHORT, *QUICK, f"training.output_dir={out}", *more]
+
+
+RECIPES = ["wan_1_3b_dmd", "wan_1_3b_sid", "wan_14b_t2v_dmd"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_on_two_and_resumed_on_one_it_ends_as_if_nothing_had_been(folder, tmp_path, name):
+    """Every loss of generator and critic, and all final parameters, to 1e-5; the same global batch throughout."""
+    on_ranks(1, trained, recipe(name, folder, tmp_path / "one"), folder=tmp_path / "ranks")
+    many = recipe(name, folder, tmp_path / "many")
+    on_ranks(2, killed_after_two_steps, many, folder=tmp_path / "first")
+    assert json.loads((tmp_path / "many" / "checkpoint_last" / "state.json").read_text())["step"] == 2
+    on_ranks(1, trained, many, folder=tmp_path / "then")
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "many"), strict=True):
+        for loss in LOSSES:
+            assert float(b[loss]) == pytest.approx(float(a[loss]), rel=1e-5), loss
+    one, other = (sharded_checkpoint.load(tmp_path / run / "checkpoint_final") for run in ("one", "many"))
+    for network in ("generator_state_dict", "critic_state_dict", "ema_state_dict"):
+        for key, x in one[network].items() if one[network] else ():
+            torch.testing.assert_close(other[network][key], x, rtol=1e-5, atol=1e-5)
+    assert other["step"] == 3 == len(rows(tmp_path / "many"))
+    moved = load_transformer(tmp_path / "many" / "checkpoint_final").state_dict()
+    start = load_transformer(folder / "student").state_dict()
+    assert any((moved[key] - x).abs().max() > 1e-3 for key, x in start.items())
+
+
+def test_the_recipe_runs_as_printed(folder, tmp_path):
+    """torchrun with two processes, bf16, from a folder of files to a checkpoint that loads, converts and generates."""
+    command = recipe("wan_1_3b_dmd", folder, tmp_path / "run", "processes.precision=bf16", "training.num_steps=1")
+    command += ["training.ema_start_step=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, *command], cwd=REPOSITORY, env=environment, check=True, timeout=300)
+    state = sharded_checkpoint.load(tmp_path / "run" / "checkpoint_final")
+    assert {x.dtype for x in state["generator_state_dict"].values()} == {torch.float32}
+    model = load_transformer(tmp_path / "run" / "checkpoint_final", dtype="bfloat16")
+    assert model.config == SMALL
+    average = state["ema_state_dict"]["blocks.0.ffn.0.weight"]
+    assert torch.equal(model.blocks[0].ffn[0].weight, average.bfloat16())
+    raw = load_transformer(tmp_path / "run" / "checkpoint_final", weights="raw")
+    assert torch.equal(raw.blocks[0].ffn[0].weight, state["generator_state_dict"]["blocks.0.ffn.0.weight"])
+
+
+def test_prompts_come_round_by_round(tmp_path):
+    """Every prompt once before any comes again, in another order each time, and the same for whoever asks."""
+    (tmp_path / "prompts.txt").write_text("one\n\n  two  words\nthree\n")
+    data = Prompts(tmp_path / "prompts.txt", (16, 60, 104), seed=3)
+    rounds = [data.batch(range(3 * i, 3 * i + 3))["prompts"] for i in range(8)]
+    assert all(sorted(one) == ["one", "three", "two words"] for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 2
+    assert data.batch([7])["prompts"] == [rounds[2][1]] and data.frame_shape == (16, 60, 104)
+    assert [shuffled(i, 3, 3) for i in range(9)] != [shuffled(i, 3, 4) for i in range(9)]
+    for name, text in {"b.txt": "second\nline", "a.txt": "first"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "prompts.txt").unlink()
+    assert Prompts(tmp_path).prompts == ["first", "second line"]
+
+
+def test_without_prompts_one_sentence_says_so(tmp_path):
+    with pytest.raises(ValueError, match="There are no prompts at .*none.txt: give a text file, one prompt per line"):
+        Prompts(tmp_path / "none.txt")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="empty.txt holds no prompt"):
+        Prompts(tmp_path / "empty.txt")
