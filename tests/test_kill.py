@@ -15,6 +15,7 @@ import torch
 from tiny_runs import assert_same, final_state, make_weights, names, options, rows
 
 import train
+from checkpoint import load_checkpoint
 
 FILES = {"config.yaml", "metrics.csv", "samples", "checkpoint_final.pt"}
 MORE = ["training.checkpoint_every=1", "training.fresh_rollouts=true", "training.exit_rule=random"]
@@ -116,7 +117,7 @@ def test_killed_while_a_checkpoint_is_written(start, tmp_path):
         assert finish(start(train_and_die, command, number, moment)) == -signal.SIGKILL
         assert any(name.endswith(".tmp") for name in names(folder))
         if steps_saved:
-            assert train.load_checkpoint(folder / "checkpoint_last.pt")["step"] == steps_saved
+            assert load_checkpoint(folder / "checkpoint_last.pt")["step"] == steps_saved
     assert not (folder / "checkpoint_final.pt").exists()
     assert finish(start(train.main, command)) == 0
     assert_same(final_state(folder), final_state(whole))
@@ -136,6 +137,6 @@ def test_sigterm_stops_a_real_process(start, tmp_path):
         time.sleep(0.001)
     process.terminate()
     assert finish(process) == 1
-    assert 2 <= train.load_checkpoint(tmp_path / "stopped" / "checkpoint_last.pt")["step"] < 40
+    assert 2 <= load_checkpoint(tmp_path / "stopped" / "checkpoint_last.pt")["step"] < 40
     assert finish(start(train.main, stopped)) == 0
     assert_same(final_state(tmp_path / "stopped"), final_state(tmp_path / "whole"))
