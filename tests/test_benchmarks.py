@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.full_scale import main as full_scale
 from benchmarks.measure import count_gflop, gemm_gflops, median_seconds, peak_mib
 from benchmarks.plan import FAST
 from benchmarks.report import growth, markdown, table
@@ -128,3 +129,14 @@ def test_clocks():
 def test_table_aligns_numbers_to_the_right():
     """A column of numbers gets a right rule."""
     assert table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
+
+
+def test_full_scale_runs_shrunken(tmp_path):
+    """Every way of the rollout and the training step, with the planner's FLOPs."""
+    path = full_scale(["--shrunken", "--repeats", "1", "--device", "cpu", "--json", str(tmp_path / "results.json")])
+    results = json.loads(path.read_text())
+    rows = {row["work"]: row for row in results["rows"]}
+    assert list(rows) == ["rollout, fastest", "rollout, plain SDPA", "training step"]
+    assert rows["training step"]["teraflop"] > 5 * rows["rollout, fastest"]["teraflop"] > 0
+    for row in rows.values():
+        assert 0 < row["fraction_of_peak"] < 1 and row["latent_frames_per_second"] == pytest.approx(6 / row["seconds"])
