@@ -1,8 +1,9 @@
 """A run shared out among processes with FSDP2: what train.py asks of OneProcess, for many.
 
 The algorithm knows nothing of it. Every process computes its part of the global batch with the whole model, of which it
-keeps a shard and gathers a layer at a time; gradients are averaged. All randomness is a function of the sample's number
-in the global batch, so that any number of processes trains the same model, up to rounding.
+keeps a shard and gathers a layer at a time; gradients are averaged. Neighbours may share the tokens of a sample, too.
+All randomness is a function of the sample's number in the global batch, so that any number of processes trains the same
+model, up to rounding.
 """
 
 import atexit
@@ -15,13 +16,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from full_scale import sharded_checkpoint
 from full_scale.sharded_checkpoint import ShardedWriter
+from full_scale.ulysses import share_sequence
 from processes import pick_device
+from tiny_causal_wan import TinyCausalWanModel
 
 T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,7 +39,9 @@ class FullySharded:
     fp32. processes_per_replica: shards are shared out among so many neighbours, such as the GPUs of one machine, and
     each such group holds a whole model (hybrid sharding); None: among all. checkpoint_activations keeps of a layer that
     is trained only its input, and computes it again for the gradient. offload keeps parameters, gradients and optimizer
-    in the memory of the CPU. compile: each layer, with torch.compile. Raises ValueError for what does not fit together.
+    in the memory of the CPU. compile: each layer, with torch.compile. sequence_parallel: so many neighbours work on the
+    same samples, each on a share of the tokens (full_scale/ulysses.py); a network that is no Wan transformer, such as a
+    text encoder or a discriminator, is computed whole by each. Raises ValueError for what does not fit together.
     """
 
     def __init__(
@@ -47,14 +53,17 @@ class FullySharded:
         checkpoint_activations: bool = True,
         offload: bool = False,
         compile: bool = False,
+        sequence_parallel: int = 1,
     ):
         if precision not in PRECISIONS:
             raise ValueError(f"processes.precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
         self.device = join(device)
-        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size, self.sequence_parallel = dist.get_rank(), dist.get_world_size(), sequence_parallel
         self.is_first = self.rank == 0
         self.checkpoint_activations, self.compile = checkpoint_activations, compile
-        self.mesh = make_mesh(self.device.type, self.count, processes_per_replica)
+        self.mesh = make_mesh(self.device.type, self.world_size, processes_per_replica)
+        self.neighbours = make_neighbours(self.device.type, self.world_size, sequence_parallel)
+        self.count = self.world_size // sequence_parallel  # among so many a batch is shared out
         # Inputs are not cast: the model does it where it wants to, and a time in bf16 would be another time. What a
         # model keeps beside its layers would by default stay whole after a call; zero_grad between a call without
         # gradient and the next would then clear the gradient of the copy, and the old one would be added to the new.
@@ -69,9 +78,11 @@ class FullySharded:
     def place(self, model: nn.Module, *, trained: bool) -> nn.Module:
         """The same model, every layer of it and what is left sharded; what is trained becomes float32 on the way.
 
-        In the order that PyTorch documents: recomputation, compilation, sharding, from the layers up. Layers are
-        wrapped at their forward, so that no parameter changes its name.
+        In the order that PyTorch documents: sequence, recomputation, compilation, sharding, from the layers up. Layers
+        are wrapped at their forward, so that no parameter changes its name.
         """
+        if self.neighbours and isinstance(model, TinyCausalWanModel):
+            share_sequence(model, self.neighbours)
         for layer in layers(model):
             if trained and self.checkpoint_activations:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -85,19 +96,27 @@ class FullySharded:
         return model
 
     def share(self, parts: Sequence[T]) -> Sequence[T]:
-        """Every count-th part of a global batch, from this process's own number on: all have equally many."""
+        """Every count-th part of a global batch, from this process's own number on: all have equally many.
+
+        Neighbours that share their sequences have one number, and the same parts.
+        """
         if len(parts) % self.count:
+            several = f"groups of {self.sequence_parallel} processes" if self.sequence_parallel > 1 else "processes"
             raise ValueError(
-                f"A batch in {len(parts)} parts cannot be shared out among {self.count} processes: "
+                f"A batch in {len(parts)} parts cannot be shared out among {self.count} {several}: "
                 "set training.batch_size or training.micro_batch_size so that the number of parts is a multiple of it."
             )
-        return parts[self.rank :: self.count]
+        return parts[self.rank // self.sequence_parallel :: self.count]
 
     def gather(self, value: T) -> list[T]:
-        """What every process has at this point, in their order; all wait for each other."""
-        values: list = [None] * self.count
+        """What every process has at this point, in their order; all wait for each other.
+
+        Of neighbours that share their sequences only the first is heard: what they report is the same, and is one
+        report.
+        """
+        values: list = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.writer.group)
-        return values
+        return values[:: self.sequence_parallel]
 
     def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
         """Scale the whole gradient down to max_norm if it is longer; its length before."""
@@ -151,6 +170,16 @@ def make_mesh(kind: str, count: int, processes_per_replica: int | None) -> Devic
     if own == count:
         return init_device_mesh(kind, (count,), mesh_dim_names=("shard",))
     return init_device_mesh(kind, (count // own, own), mesh_dim_names=("replicate", "shard"))
+
+
+def make_neighbours(kind: str, count: int, together: int) -> ProcessGroup | None:
+    """Of all processes, in groups of so many neighbours, the group of this one; None if it is alone."""
+    if together < 1 or count % together:
+        raise ValueError(f"processes.sequence_parallel={together} must divide the number of processes, {count}.")
+    if together == 1:
+        return None
+    mesh = init_device_mesh(kind, (count // together, together), mesh_dim_names=("samples", "sequence"))
+    return mesh.get_group("sequence")
 
 
 def layers(model: nn.Module) -> Sequence[nn.Module]:
