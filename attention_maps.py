@@ -2,7 +2,8 @@
 
 A `Capture` stands in for the generator during a rollout, or for a model that is called on a whole clip. It puts its own
 function in the place of the model's attention, looks at the queries and keys of the layers it was asked for, and hands
-them on to the kernel: the video stays the same, bit for bit, and so it works for the tiny model and for Wan alike.
+them on to the kernel: the video stays the same, bit for bit, and so it works for the tiny model and for Wan alike
+(--model_path).
 
     with Capture(model) as watched:
         video = generate(watched, scheduler, noise, cond, config)
@@ -284,16 +285,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--prompts", nargs="+", default=["a 3 moving right"], metavar="PROMPT", help="maps are means over them")
     add("--num_frames", type=int, help="a whole number of blocks; by default the training length")
     add("--seed", type=int, default=0)
+    add("--model_path", type=Path, help="folder of Wan's text encoder: the checkpoint is then one of Wan's size")
+    add("--height", type=int, default=480, help="pixels, with --model_path")
+    add("--width", type=int, default=832)
     add("--picture", type=Path, help="also draw the heat maps: .png, .svg or .pdf")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     args = parse_arguments(arguments)
-    loaded = random_model(args.seed) if args.no_checkpoint else load_model(args.checkpoint)
     name = f"blocks.{args.layer_index}.self_attn"
     options = {"num_frames": args.num_frames, "seed": args.seed, "step": args.step, "logits": args.logits}
-    watched = capture_video(loaded, args.prompts, [name], **options)
+    if args.model_path:
+        from full_scale.attention_capture import Models, capture_wan
+
+        models = Models(Path(args.checkpoint), args.model_path)
+        sizes = {"num_frames": args.num_frames or 21, "height": args.height, "width": args.width}
+        watched = capture_wan(models, args.prompts, [name], **options | sizes)
+    else:
+        loaded = random_model(args.seed) if args.no_checkpoint else load_model(args.checkpoint)
+        watched = capture_video(loaded, args.prompts, [name], **options)
     path = args.output_path or Path(f"outputs/attention/layer{args.layer_index}.pt")
     checkpoint = None if args.no_checkpoint else args.checkpoint
     save_layer(watched, args.layer_index, path, args.prompts, seed=args.seed, checkpoint=checkpoint)

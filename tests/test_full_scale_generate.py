@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from small_wan import write_clip, write_text_encoder, write_tiny_decoder, write_vae
 from torch import nn
 
+import attention_maps
 from checkpoint import save_checkpoint
 from dynamic_video_sf import RolloutConfig
 from flow_match import FlowMatchScheduler
-from full_scale import generate
+from full_scale import attention_capture, generate
 from full_scale.convert import save_transformer
 from full_scale.generate import Models, Sampling, choose_sampling, stream_latents, stream_video
 from full_scale.images import image_pixels
@@ -798,3 +799,48 @@ def test_the_default_folders_are_where_the_downloads_go():
     assert f" {generate.STUDENT.relative_to(generate.STUDENT.parents[1])} " in DOWNLOADS["self-forcing"].command
     for kind, name in {"t2v": "t2v-1.3b", "i2v": "i2v-14b"}.items():
         assert DOWNLOADS[name].command.endswith(f"--local-dir {generate.WAN[kind]}")
+
+
+# ------------------------------------------------------------------------------------------------ attention maps
+
+
+@pytest.mark.parametrize("step", ["first", "context"])
+def test_attention_of_wan_is_that_of_the_video(wan, tmp_path, monkeypatch, capsys, step):
+    """The latents are those of full_scale.generate, every frame is looked at, the future exactly 0."""
+    checkpoint = tmp_path / "student.safetensors"
+    save_transformer(build(seed=2), checkpoint)
+    seen = []
+    monkeypatch.setattr(
+        attention_capture, "stream_latents", lambda *a, **o: (seen.append(x) or x for x in stream_latents(*a, **o))
+    )
+    command = [
+        "--checkpoint",
+        checkpoint,
+        "--model_path",
+        wan,
+        "--layer_index",
+        1,
+        "--output_path",
+        tmp_path / "maps.pt",
+    ]
+    command += ["--prompts", PROMPTS[0], "--num_frames", 6, "--step", step, *SIZE]
+    attention_maps.main([str(word) for word in command])
+    record = torch.load(tmp_path / "maps.pt", weights_only=True)
+    full, last = record["full_frame_attention"], record["last_block_frame_attention"]
+    assert full.shape == (2, 6, 6) and record["block_sizes"] == [3, 3] and record["t"] == (step == "first")
+    torch.testing.assert_close(full.sum(-1), torch.ones(2, 6))
+    assert (full[:, :3, 3:] == 0).all() and (full[:, 3:] > 0).all()
+    assert torch.equal(last, full[:, 3:].mean(1))
+    models = Models(checkpoint, wan)
+    latents = torch.cat(list(stream_latents(
+        models.transformer, choose_sampling(models, 6), models.text(PROMPTS[:1]), sample_keys(PROMPTS[:1], 0), 6,
+        seen[0].shape[2:],
+    )), dim=1)  # fmt: skip
+    assert torch.equal(torch.cat(seen, dim=1), latents)
+
+
+def test_attention_of_whole_clips_has_no_context(wan, wan_i2v):
+    with pytest.raises(ValueError, match="keeps no context: use --step first"):
+        attention_capture.capture_wan(Models(wan, wan), PROMPTS[:1], num_frames=3, height=32, width=48, step="context")
+    with pytest.raises(ValueError, match="text-to-video model works"):
+        attention_capture.capture_wan(Models(wan_i2v, wan_i2v), PROMPTS[:1], num_frames=3, height=32, width=48)
