@@ -74,6 +74,7 @@ class FullySharded:
             **({"offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")} if offload else {}),
         }
         self.writer = ShardedWriter()
+        self.group = dist.new_group(backend="gloo")  # not the writer's, whose thread sends messages of its own
 
     def place(self, model: nn.Module, *, trained: bool) -> nn.Module:
         """The same model, every layer of it and what is left sharded; what is trained becomes float32 on the way.
@@ -115,7 +116,7 @@ class FullySharded:
         report.
         """
         values: list = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.writer.group)
+        dist.all_gather_object(values, value, group=self.group)
         return values[:: self.sequence_parallel]
 
     def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
