@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+NOTEBOOKS_CI := notebooks/05_kv_cache.ipynb
+
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format results bench clean
+.PHONY: help setup quickstart test lint format results bench lab grade notebooks notebooks-ci clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready ## install everything into .venv (a second call does nothing)
 
@@ -40,6 +42,22 @@ results: setup ## redraw RESULTS.md from the records of all experiments
 
 bench: setup ## measure speed and memory, as ratios to this machine's own peak
 	$(BIN)/python -m benchmarks
+
+lab: setup ## open the notebooks in JupyterLab
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[notebooks]'
+	$(BIN)/jupyter lab notebooks
+
+grade: setup ## grade your exercises of a lesson: make grade LESSON=8
+	@$(BIN)/python -m tutorial $(LESSON)
+
+# Short of everything (SF_FAST), with the solutions filled in; a full run is what a student does, by hand.
+NBMAKE := SF_FAST=1 SF_SOLUTIONS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -p no:cacheprovider
+
+notebooks: setup ## run every notebook, shortened, with the solutions filled in
+	$(NBMAKE) notebooks
+
+notebooks-ci: setup ## run those that cover the others' code
+	$(NBMAKE) $(NOTEBOOKS_CI)
 
 clean: ## remove caches and build leftovers; never the environment, weights, logs or outputs
 	rm -rf .pytest_cache .ruff_cache build dist *.egg-info

@@ -1,1 +1,1 @@
-"""Lessons about Self-Forcing. They point at the code of the repository root and redefine none of it."""
+"""The lessons: a folder each, with exercises, solutions and graders. The notebooks that tell them are in notebooks/."""

@@ -6,7 +6,7 @@ nothing is left open.
 """
 
 from visualization.attention import plot_last_block, plot_sink_scores, show_frame_attention
-from visualization.curves import plot_metric_curves
+from visualization.curves import plot_lines, plot_metric_curves
 from visualization.diagram import create_algorithm_diagram
 from visualization.film import film_strip, visualize_autoregressive_generation, visualize_denoising_process
 from visualization.gallery import plot_sick_runs
@@ -18,6 +18,7 @@ __all__ = [
     "create_video_gif",
     "film_strip",
     "plot_last_block",
+    "plot_lines",
     "plot_metric_curves",
     "plot_sick_runs",
     "plot_sink_scores",

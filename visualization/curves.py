@@ -1,4 +1,4 @@
-"""Metrics over the frame index: one panel per metric, one line with a band per run."""
+"""Lines with bands: metrics over the frame index, one panel per metric, or any few labelled lines."""
 
 import numpy as np
 import torch
@@ -40,14 +40,33 @@ def plot_metric_curves(curves, save_path=None, train_frames=None, title=None, me
     return finish(fig, save_path)
 
 
-def draw_curve(ax, values, run, label, name):
-    """Mean and range over seeds of `values` [num_seeds, F] or [F]."""
+@styled
+def plot_lines(lines, xlabel, ylabel, title=None, save_path=None, xs=None, log=""):
+    """Figure of labelled lines over one axis: label -> [N], or [num_runs, N] for a mean with its range.
+
+    `xs`: the N places, None for 0 ... N - 1. `log`: "x", "y" or "xy" for logarithmic axes.
+    """
+    if not lines:
+        raise ValueError("lines is empty: give at least one label with its values")
+    fig, axes = panels(1, 1, 6.4, 3.6)
+    (ax,) = axes.ravel()
+    for run, (label, values) in enumerate(lines.items()):
+        draw_curve(ax, values, run, label, label, xs)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
+    for axis in log:
+        getattr(ax, f"set_{axis}scale")("log")
+    add_legend(fig, [ax])
+    return finish(fig, save_path)
+
+
+def draw_curve(ax, values, run, label, name, xs=None):
+    """Mean and range over seeds of `values` [num_seeds, F] or [F], over xs [F] or the frame index."""
     values = np.atleast_2d(torch.as_tensor(values).detach().float().cpu().numpy())
     if values.ndim != 2:
         raise ValueError(f"{label}: {name} must be [num_seeds, F] or [F], got {list(values.shape)}")
     values = np.ma.masked_invalid(values)
     color, line, marker = LINES[run % len(LINES)]
-    frames = np.arange(values.shape[1])
+    frames = np.arange(values.shape[1]) if xs is None else np.asarray(xs)
     stride = max(1, len(frames) // 8)
     first = run * stride // len(LINES)  # markers of different runs do not sit on top of each other
     marks = {"marker": marker, "markersize": 4.5, "markevery": (first, stride)}

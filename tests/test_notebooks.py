@@ -1,0 +1,121 @@
+"""The notebooks as files: clean, in the form of the course, defining nothing that the code defines."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_imports import SOURCES
+
+from tutorial.grading import lesson_names
+
+REPOSITORY = Path(__file__).parent.parent
+LESSONS = [REPOSITORY / "notebooks" / f"{name.removeprefix('lesson_')}.ipynb" for name in lesson_names().values()]
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+CORE = {
+    node.name
+    for name, tree in SOURCES.items()
+    if name.partition(".")[0] not in ("tutorial", "tests", "conftest")
+    for node in tree.body
+    if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+} - {"main"}
+NAMES_WITH_A_POINT = (
+    r"Wan ?2\.\d|\d+\.\d+B|arXiv \d{4}\.\d{5}|abs/\d{4}\.\d{5}|\d{4}\.\d{5}|(?:Python|section|eq\.|sec\.) \d[\d.]*"
+)
+
+lessons = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path, kind):
+    book = json.loads(path.read_text())
+    return ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == kind]
+
+
+def definitions(path):
+    """Functions and classes that the code cells define, at any depth."""
+    trees = [ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)) for source in cells(path, "code")]
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)}
+
+
+def prose(source):
+    """Markdown without code, formulas, links' targets and names that have a point in them."""
+    source = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|<[^>]*>", " ", source, flags=re.S)
+    return re.sub(NAMES_WITH_A_POINT, " ", source)
+
+
+@notebooks
+def test_a_notebook_is_kept_without_outputs(path):
+    """So that a change is a change of the text, and no number is older than the code."""
+    book = json.loads(path.read_text())
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+    assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"])
+
+
+@notebooks
+def test_a_notebook_defines_nothing_that_the_code_defines(path):
+    """It imports, shows, perturbs and plots."""
+    assert not definitions(path) & CORE
+
+
+def test_the_search_for_definitions_can_fail():
+    """The core's names are known, methods inside of a class are not among them."""
+    assert {"rollout", "dmd_loss", "KVCache", "load_transformer"} <= CORE and "extend" not in CORE
+
+
+@pytest.mark.parametrize("lesson", lesson_names().values())
+def test_an_exercise_is_a_stub_and_solutions_import_the_core(lesson):
+    """exercises.py computes nothing; what the core has, solutions.py does not write again."""
+    stubs = ast.parse((REPOSITORY / "tutorial" / lesson / "exercises.py").read_text())
+    for node in ast.walk(stubs):
+        if isinstance(node, ast.FunctionDef):
+            statements = [one for one in node.body if not isinstance(getattr(one, "value", None), ast.Constant)]
+            assert len(statements) == 1 and ast.unparse(statements[0]).startswith("todo("), node.name
+    solutions = ast.parse((REPOSITORY / "tutorial" / lesson / "solutions.py").read_text())
+    own = {node.name for node in solutions.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert not own & CORE
+
+
+@lessons
+def test_a_lesson_says_what_it_wants_first(path):
+    """Title, what one will be able to do, how long it takes, what one needs."""
+    first = cells(path, "markdown")[0]
+    number = int(path.stem[:2])
+    assert first.startswith(f"# Lesson {number}: ")
+    for what in ("**You will be able to**", "**Time**:", "**You need**"):
+        assert what in first, what
+    assert re.search(r"\*\*Time\*\*: \d+ minutes? on two CPU cores", first)
+
+
+@lessons
+def test_a_lesson_quotes_no_number_of_its_own(path):
+    """A measured number is printed by `lesson.expect` with its range; no text stays true by itself."""
+    for source in cells(path, "markdown"):
+        assert not re.findall(r"\d+\.\d+|\d+ ?%", prose(source)), source
+
+
+@lessons
+def test_a_lesson_has_all_its_parts(path):
+    """Code by inclusion, an experiment with an expected picture, every exercise, the full scale, the way on."""
+    code, text = "\n".join(cells(path, "code")), "\n".join(cells(path, "markdown"))
+    assert f"lesson = Lesson({int(path.stem[:2])})" in code
+    for call in ("lesson.source(", "lesson.show(", "lesson.expect(", "lesson.exercise(", "lesson.check("):
+        assert call in code, call
+    assert "full scale" in text.lower() and f"../tutorial/lesson_{path.stem}/README.md" in text
+    exercised = set(re.findall(r'lesson\.check\("(\w+)"', code))
+    assert exercised == set(re.findall(r'lesson\.exercise\("(\w+)"', code))
+
+
+@lessons
+def test_every_expected_picture_is_there_and_described(path):
+    """Each image of the text is a file, has an alternative text, and is shown again by the code below it."""
+    code = "\n".join(cells(path, "code"))
+    for alt, target in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", "\n".join(cells(path, "markdown"))):
+        assert len(alt) > 20, target
+        picture = (path.parent / target).resolve()
+        assert picture.is_file(), target
+        if "expected" in picture.parts:
+            assert f'"{picture.stem}")' in code, f"nothing shows {picture.stem}"
