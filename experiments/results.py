@@ -76,16 +76,34 @@ def cell(values: np.ndarray, digits: int) -> str:
     return f"{values.mean():.{digits}f}{spread}"
 
 
-def table(records: Records) -> str:
-    """Mean and standard deviation over seeds: every shown metric over every span, and what a run cost."""
+def brief(records: Records) -> str:
+    """Every shown metric, mean and spread over seeds, over the span that rows are compared on; and what a row costs."""
+    span = compared_span(records)
+    heads = ["", "seeds", *(metric.replace("_", " ") for metric in SHOWN), *COSTS]
+    rows = [
+        [row, str(len(own)), *(cell(span_means(own, metric, span), SHOWN[metric]) for metric in SHOWN), *costs(own)]
+        for row, own in records.items()
+    ]
+    return f"Frames {span}:\n\n{markdown(heads, rows)}"
+
+
+def every_span(records: Records) -> str:
+    """A table per metric: rows over the spans of the video, folded."""
     spans = spans_of(records)
-    heads = [f"{metric.replace('_', ' ')} {span}" for metric in SHOWN for span in spans]
-    heads = ["", "seeds", *heads, *COSTS]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row, own in records.items():
-        cells = [cell(span_means(own, metric, span), SHOWN[metric]) for metric in SHOWN for span in spans]
-        lines.append("| " + " | ".join([row, str(len(own)), *cells, *costs(own)]) + " |")
-    return "\n".join(lines)
+    tables = []
+    for metric, digits in SHOWN.items():
+        rows = [[row, *(cell(span_means(own, metric, span), digits) for span in spans)] for row, own in records.items()]
+        tables.append(markdown([metric.replace("_", " "), *spans], rows))
+    return "\n\n".join(["<details><summary>Over the whole video</summary>", *tables, "</details>"])
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows])
+
+
+def compared_span(records: Records) -> str:
+    """Four times the training length, or within it if no video is that long."""
+    return "3T-4T" if "3T-4T" in spans_of(records) else "0-T"
 
 
 def spans_of(records: Records) -> list[str]:
@@ -108,9 +126,8 @@ def mean_of(found: list[dict], name: str) -> float:
 
 
 def differences(records: Records) -> str:
-    """Every pair of rows that differs in what they show or in how well it is drawn, the better one first: at four times
-    the training length, or within it if no video is that long."""
-    span = "3T-4T" if "3T-4T" in spans_of(records) else "0-T"
+    """Every pair of rows that differs in what they show or in how well it is drawn, the better one first."""
+    span = compared_span(records)
     return " ".join(differences_in(metric, records, span) for metric in ("digit_accuracy", "frechet_distance"))
 
 
@@ -142,8 +159,9 @@ def section(experiment: str) -> str:
             f"## {plan.title}",
             " ".join(plan.asks.split()),
             draw(experiment, plan, records),
-            table(records),
+            brief(records),
             differences(records),
+            every_span(records),
             " ".join(plan.get("found", "").split()),
             *(["\n".join(signs)] if signs else []),
             f"`python -m experiments.run {experiment}`; {plan.evaluation[FEW].num_videos} videos per run, noise seed "
@@ -179,7 +197,7 @@ def mixture_section() -> str:
     if not path.exists():
         return ""
     record = json.loads(path.read_text())
-    rows = [f"| {row} | {x['on_target']:.2f} | {x['share_error']:.2f} |" for row, x in record["distilled"].items()]
+    rows = [[row, f"{x['on_target']:.2f}", f"{x['share_error']:.2f}"] for row, x in record["distilled"].items()]
     between = [f"{share:.2f} after those of a {name}" for name, share in record["between_the_modes"].items()]
     return "\n\n".join(
         [
@@ -188,7 +206,7 @@ def mixture_section() -> str:
             "trained with DMD, SiD and a GAN, and with DMD whose critic stands still. Below: a causal student's first "
             "frame after regression on ODE pairs, of data whose two frames are both -1 or both 1.",
             f"![Points of each student as training goes on, and first frames]({FIGURES}/gaussian_mixture.png)",
-            "\n".join(["| | within 3 sigma of a mean | shares off by |", "|---|---|---|", *rows]),
+            markdown(["", "within 3 sigma of a mean", "shares off by"], rows),
             f"Share of first frames that lie between the two values: {', '.join(between)}.",
             f"`{record['command']}`, one seed, on {record['machine']['processor']}.",
         ]
