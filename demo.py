@@ -255,10 +255,10 @@ def build_app(model: LiveModel) -> Starlette:
         viewer = stage.viewers.get(request.path_params["token"])
         if viewer is None or not viewer.seen:
             return PlainTextResponse("Nothing was seen yet: press start first.", status_code=404)
-        ending, pictures = request.path_params["ending"], np.stack(viewer.seen)
-        if ending not in ("gif", "mp4"):
-            return PlainTextResponse("A video is saved as gif or mp4.", status_code=404)
-        return Response(await run_sync(video_file, pictures, ending, model.fps), media_type=MEDIA[ending])
+        ending, fps = request.path_params["ending"], request.query_params.get("fps", str(model.fps))
+        if ending not in MEDIA or not fps.isdecimal() or not 1 <= int(fps) <= 60:
+            return PlainTextResponse("A video is saved as gif or mp4, at 1 to 60 pictures a second.", status_code=404)
+        return Response(await run_sync(video_file, [*viewer.seen], ending, int(fps)), media_type=MEDIA[ending])
 
     routes = [Route("/", page), Route("/seen/{token}.{ending}", download), WebSocketRoute("/live", watch)]
     app = Starlette(routes=routes)
@@ -269,9 +269,9 @@ def build_app(model: LiveModel) -> Starlette:
 MEDIA = {"gif": "image/gif", "mp4": "video/mp4"}
 
 
-def video_file(pictures: np.ndarray, ending: str, fps: int) -> bytes:
-    """uint8 [F, H, W, C] as a file; small pictures are enlarged, to about 200 pixels."""
-    video = torch.from_numpy(pictures).movedim(-1, 1) / 127.5 - 1
+def video_file(pictures: Sequence[np.ndarray], ending: str, fps: int) -> bytes:
+    """Pictures, uint8 [H, W, C], as a file; small ones are enlarged, to about 200 pixels."""
+    video = torch.from_numpy(np.stack(pictures)).movedim(-1, 1) / 127.5 - 1
     with TemporaryDirectory() as folder:
         return save_video(video, Path(folder) / f"seen.{ending}", fps, max(1, 200 // video.shape[-1])).read_bytes()
 
