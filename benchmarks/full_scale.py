@@ -22,6 +22,7 @@ from flow_match import FlowMatchScheduler
 from full_scale.attention import fastest_attention
 from full_scale.parallelize import FullySharded
 from full_scale.plan import Setup, step_flops, video_flops
+from full_scale.speed import compile_layers, read_prompts_once
 from full_scale.wan import WAN_CONFIGS
 from processes import pick_device
 from run_folder import machine
@@ -90,8 +91,7 @@ def rollouts(setup: Setup, device: torch.device) -> Iterator[tuple[str, Callable
         for name, attention in KERNELS.items():
             model = network(setup.student, device, torch.bfloat16)
             model.attention = attention
-            for layer in model.blocks if compiled else ():
-                layer.compile(dynamic=True)  # a cache that grows is no reason to compile again
+            model = compile_layers(model) if compiled else read_prompts_once(model)
             work = lambda model=model: generate(model, SCHEDULER, noise, cond, setup.algorithm.rollout)  # noqa: E731
             yield f"rollout, {name}{', compiled' if compiled else ''}", work
 
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     setup = setup_of(args)
-    found = measure(setup, pick_device(args.device), args.repeats, side=256 if args.shrunken else 8192)
+    found = measure(setup, pick_device(args.device), args.repeats, side=1024 if args.shrunken else 8192)
     chosen = {
         name: getattr(args, name) for name in ("model", "frames", "height", "width", "frames_per_block", "shrunken")
     }

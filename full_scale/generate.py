@@ -47,6 +47,7 @@ from full_scale.memory import KnownPrompts, VisitingStream, offload_layers, visi
 from full_scale.pixels import STRIDE, TinyDecoder, WanVAE, load_tiny_decoder, load_vae
 from full_scale.pretrained import DOWNLOADS, PLACES, fingerprint
 from full_scale.sharded_checkpoint import STATE
+from full_scale.speed import QUANTISED, check_quantised, compile_layers, quantise, read_prompts_once
 from full_scale.text import NEGATIVE_PROMPT, NEGATIVE_PROMPT_I2V, TextEncoder
 from full_scale.wan import (
     T2V_14B,
@@ -89,7 +90,8 @@ class Models:
 
     checkpoint, config, weights: see `load_transformer`. model_path: where text encoder, VAE and image encoder lie.
     negative_prompt: by default Wan's own. prompt_cache: see TextEncoder. With low_memory, VAE and image encoder are on
-    the device only while they work; with offload_layers, so is every layer of the transformer.
+    the device only while they work; with offload_layers, so is every layer of the transformer. compile, quantise: see
+    full_scale/speed.py.
     """
 
     checkpoint: Path
@@ -105,6 +107,8 @@ class Models:
     text_device: torch.device | str | None = None
     low_memory: bool = False
     offload_layers: bool = False
+    compile: bool = False
+    quantise: str | None = None
 
     @cached_property
     def sizes(self) -> WanConfig:
@@ -118,9 +122,13 @@ class Models:
     @cached_property
     def transformer(self) -> TinyCausalWanModel:
         device = None if self.offload_layers else self.device
-        load = {"config": self.sizes, "dtype": self.dtype, "device": device, "weights": self.weights}
+        first_on = None if self.quantise else device  # it may only fit once it is small
+        load = {"config": self.sizes, "dtype": self.dtype, "device": first_on, "weights": self.weights}
         model = load_transformer(self.checkpoint, **load).eval().requires_grad_(False)
         model.attention = self.attention
+        model = compile_layers(model) if self.compile else read_prompts_once(model)
+        if self.quantise:
+            model = quantise(model, self.quantise, device).to(device)
         return offload_layers(model, self.device) if self.offload_layers else model
 
     @cached_property
@@ -469,7 +477,7 @@ def settings_of(args: argparse.Namespace, models: Models, sampling: Sampling) ->
         "decoder": models.tiny_decoder.name if models.tiny_decoder else "VAE",
         **asdict(sampling.rollout),
         **{name: getattr(sampling, name) for name in ("shift", "guidance_scale", "many_step")},
-        **{name: getattr(args, name) for name in ("num_output_frames", "height", "width")},
+        **{name: getattr(args, name) for name in ("num_output_frames", "height", "width", "quantise")},
     }
     if sampling.guidance_scale != 1:
         settings["negative_prompt"] = models.text.encoder.negative_prompt
@@ -585,6 +593,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--batch_size", type=count, default=1, help="videos that are made together")
     add("--device", help="by default this process's GPU, else the CPU")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="by default bfloat16, on a CPU float32")
+    add(
+        "--compile",
+        action="store_true",
+        help="the transformer's layers; takes minutes, and is worth it for many videos",
+    )
+    add("--quantise", choices=QUANTISED, help="8 bits for weights, or for products as well (GPUs since Ada and Hopper)")
     add("--attention", choices=tuple(KERNELS), default="fastest", help="see python -m full_scale.attention")
     add("--prompt_cache", type=Path, help="a folder that remembers what the text encoder said")
     add("--text_device", help="of the text encoder, 11.4 GB in bfloat16; by default the same")
@@ -603,7 +617,9 @@ def pick_models(args: argparse.Namespace) -> Models:
             f"There is no {args.checkpoint}: download Self-Forcing's with `{student}` or Wan's with `{wan}`."
         )
     device = pick_device(args.device)
+    check_quantised(args.quantise, device)
     names = ("checkpoint", "config", "negative_prompt", "prompt_cache", "tiny_decoder", "text_device", "offload_layers")
+    names += ("compile", "quantise")
     models = Models(
         **{name: getattr(args, name) for name in names},
         model_path=args.model_path or args.checkpoint,

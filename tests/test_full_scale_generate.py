@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_wan import write_clip, write_text_encoder, write_tiny_decoder, write_vae
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import attention_maps
 from checkpoint import save_checkpoint
@@ -31,6 +33,7 @@ from full_scale.memory import KnownPrompts, VisitingStream, moved, offload_layer
 from full_scale.pixels import WanVAE, load_vae
 from full_scale.pretrained import DOWNLOADS
 from full_scale.sharded_checkpoint import STATE
+from full_scale.speed import quantise
 from full_scale.text import TextEncoder
 from full_scale.wan import WAN_CONFIGS
 from generate import sample_keys
@@ -714,6 +717,97 @@ def test_what_a_stream_remembers_is_larger_than_the_vae():
     assert round(memory / 1e9, 1) == 3.8 and round(4 * sum(p.numel() for p in vae.parameters()) / 1e9, 1) == 0.5
 
 
+# ---------------------------------------------------------------------------------------------------------- speed
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_prompts_are_read_once(kind, wan, wan_i2v, monkeypatch):
+    """Keys and values of prompt, negative prompt and image are computed in the first call alone, for equal latents, bit
+    for bit; another prompt is not taken for the one before."""
+    folder, plain, lengths, linear = wan_i2v if kind == "i2v" else wan, build(kind), [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: lengths.append(x.shape[1]) or linear(self, x))
+    model = Models(folder, folder).transformer
+    for seed in range(3):
+        cond = cond_for(plain, seed=seed)
+        uncond = cond | {"prompt_embeds": cond_for(plain, seed=9)["prompt_embeds"]}
+        expected = latents(generate.Guided(plain, uncond, 3.0), FEW, cond=cond)
+        lengths.clear()
+        assert torch.equal(latents(generate.Guided(model, uncond, 3.0), FEW, cond=cond), expected)
+        each = 2 + 2 * 2  # two maps into the model, keys and values of two layers
+        assert lengths.count(512) == 2 * each and lengths.count(257) == (each if kind == "i2v" else 0)
+
+
+@pytest.mark.parametrize("window", [{}, {"sink_frames": 3, "window_frames": 3}], ids=["all", "window"])
+def test_compiled_layers_are_compiled_three_times(student, wan, monkeypatch, window):
+    """For all layers together: without a past, with one, with a longer one; then never again, whatever the block."""
+    torch._dynamo.reset()
+    counter, counts, sampling = CompileCounter(), [], Sampling(RolloutConfig((1000, 500), 3, **window))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    options = {"config": wan / "config.json", "compile": True}
+    model, cond = Models(student, wan, **options).transformer, cond_for(build())
+    blocks = []
+    for block in stream_latents(model, sampling, cond, [(0, "x", 0)], 15, LATENT):
+        blocks.append(block)
+        counts.append(counter.frame_count)
+    assert counts == [1, 2, 3, 3, 3]
+    expected = latents(build(seed=2), sampling, 15, cond)
+    torch.testing.assert_close(torch.cat(blocks, dim=1), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("guidance_scale, many_step", [(1.0, False), (3.0, True)])
+def test_nothing_waits_for_the_device(guidance_scale, many_step):
+    """A whole stream without data: on the meta device, a number that is read back, or asked whether it is true, is an
+    error, as a planted one shows. Cache, window, sink and continuation included."""
+    model = build().to("meta")
+    cond, uncond, past = (
+        {"prompt_embeds": torch.zeros(1, 5, 4096, device="meta")},
+        {"prompt_embeds": torch.zeros(1, 7, 4096, device="meta")},
+        torch.zeros(1, 3, *LATENT, device="meta"),
+    )
+    model.attention = generate.fastest_attention
+    guided = generate.Guided(model, uncond, guidance_scale) if guidance_scale != 1 else model
+    rollout = RolloutConfig(generate.even_steps(4), sink_frames=1, window_frames=3)
+    sampling = Sampling(rollout, guidance_scale=guidance_scale, many_step=many_step)
+    video = latents(guided, sampling, 12, cond, past=past, device="meta")
+    assert video.device.type == "meta" and video.shape[1] == 12
+    model.attention = lambda q, k, v, **options: v[:, : q.shape[1]] if q.sum() > 0 else q
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        latents(guided, sampling, 12, cond, past=past, device="meta")
+
+
+def test_weights_in_eight_bits(student, wan, tmp_path):
+    """A byte for each weight of the layers' maps, close pixels, also with layers that visit the device; the record of a
+    video says it."""
+    ways = ("", "--quantise float8-weights", "--quantise float8-weights --offload_layers")
+    paths = [run(tmp_path / str(i), student, wan, "--prompts", *PROMPTS, *way.split()) for i, way in enumerate(ways)]
+    for exact, eight, visiting in zip(*paths, strict=True):
+        assert 0 < abs(pixels(exact).astype(int) - pixels(eight)).mean() < 3
+        assert eight.read_bytes() == visiting.read_bytes()
+    with pytest.raises(ValueError, match="records quantise float8-weights, not None"):
+        run(tmp_path / "1", student, wan, "--prompts", PROMPTS[0])
+    model = Models(student, wan, config=wan / "config.json", dtype="bfloat16", quantise="float8-weights").transformer
+    weight = model.blocks[0].ffn[0].weight
+    parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]  # numbers, and a scale for each row
+    assert sum(part.nbytes for part in parts) == weight.numel() + 4 * len(weight)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 0.05), (torch.bfloat16, 0.05)])
+def test_products_in_eight_bits(monkeypatch, dtype, error):
+    """Close to the model's own flow. The CPU's product stands in for a GPU's, whose absence torchao must not see."""
+    from torchao.quantization import quant_api
+
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularities: None)
+    config = replace(CONFIGS["t2v"], dim=32, ffn_dim=64)  # multiples of 16: others stay as they are
+    torch.manual_seed(0)
+    model = TinyCausalWanModel(config).requires_grad_(False).to(dtype)
+    model.head.head.weight.normal_(0, 0.1)
+    x, cond = randn((1, 3, *LATENT), generator(0)), cond_for(model)
+    exact, product, calls = model(x, 0.5, cond).float(), torch._scaled_mm, []
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *inputs, **options: calls.append(1) or product(*inputs, **options))
+    found = quantise(model, "float8")(x, 0.5, cond).float()
+    assert 0 < (found - exact).norm() < error * exact.norm() and len(calls) == 2 * 10
+
+
 # ------------------------------------------------------------------------------------------------------ mistakes
 
 MISTAKES = {
@@ -742,6 +836,7 @@ MISTAKES = {
     "--prompts cat --checkpoint nowhere.pt": "There is no nowhere.pt: download Self-Forcing's with `hf download .*",
     "--prompts cat --model_path pairs": "pairs holds neither .*: download the VAE with `hf download .*",
     "--prompts cat --tiny_decoder taew2_1.pth": "There is no taew2_1.pth: download it with `curl .*",
+    "--prompts cat --quantise float8": "cpu does not multiply in float8, .*: use --quantise float8-weights.",
     "--prompts cat --device cuda:99": "There is no device cuda:99 here: use --device cpu, .*",
     "--prompts a/b a?b": "Several videos would be out/a_b-0.npz: use --save_with_index.",
 }
