@@ -287,12 +287,12 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(model: LiveModel, host: str, port: int) -> None:
+def serve(model: LiveModel, door: socket.socket) -> None:
     """Serve the page until Ctrl-C."""
-    with listen(host, port) as door:
-        print(f"Open http://{host}:{door.getsockname()[1]} in a browser; Ctrl-C ends it.", flush=True)
-        settings = {"log_level": "warning", "ws_max_size": 2**16, "timeout_graceful_shutdown": 3}
-        uvicorn.Server(uvicorn.Config(build_app(model), **settings)).run(sockets=[door])
+    host, port = door.getsockname()[:2]
+    print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends it.", flush=True)
+    settings = {"log_level": "warning", "ws_max_size": 2**16, "timeout_graceful_shutdown": 3}
+    uvicorn.Server(uvicorn.Config(build_app(model), **settings)).run(sockets=[door])
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -318,13 +318,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args, others = parse_arguments(arguments)
-    if args.model_path:
-        from full_scale.live import load_live
+    with listen(args.host, args.port) as door:  # before anybody waits for a model
+        if args.model_path:
+            from full_scale.live import load_live
 
-        model = load_live(["--checkpoint", args.checkpoint, "--model_path", args.model_path, *others])
-    else:
-        model = live_model(load_model(args.checkpoint))
-    serve(model, args.host, args.port)
+            model = load_live(["--checkpoint", args.checkpoint, "--model_path", args.model_path, *others])
+        else:
+            model = live_model(load_model(args.checkpoint))
+        serve(model, door)
 
 
 if __name__ == "__main__":
