@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-NOTEBOOKS_CI := notebooks/05_kv_cache.ipynb
+NOTEBOOKS_CI := 05_kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format results bench lab grade notebooks notebooks-ci clean
+.PHONY: help setup quickstart test lint format results bench lab grade notebooks notebooks-ci site links clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,20 +44,28 @@ bench: setup ## measure speed and memory, as ratios to this machine's own peak
 	$(BIN)/python -m benchmarks
 
 lab: setup ## open the notebooks in JupyterLab
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[notebooks]'
 	$(BIN)/jupyter lab notebooks
 
 grade: setup ## grade your exercises of a lesson: make grade LESSON=8
 	@$(BIN)/python -m tutorial $(LESSON)
 
 # Short of everything (SF_FAST), with the solutions filled in; a full run is what a student does, by hand.
-NBMAKE := SF_FAST=1 SF_SOLUTIONS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -p no:cacheprovider
+# They run as copies in outputs/notebooks/, where their outputs stay for the site.
+NBMAKE := SF_FAST=1 SF_SOLUTIONS=1 $(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=900 -p no:cacheprovider
 
 notebooks: setup ## run every notebook, shortened, with the solutions filled in
-	$(NBMAKE) notebooks
+	@mkdir -p outputs/notebooks && cp notebooks/*.ipynb outputs/notebooks
+	$(NBMAKE) outputs/notebooks
 
 notebooks-ci: setup ## run those that cover the others' code
-	$(NBMAKE) $(NOTEBOOKS_CI)
+	@mkdir -p outputs/notebooks && cp notebooks/*.ipynb outputs/notebooks
+	$(NBMAKE) $(NOTEBOOKS_CI:%=outputs/notebooks/%.ipynb)
+
+site: setup ## build the course as a site in build/site, with the outputs of `make notebooks` where there are any
+	$(BIN)/python docs/build_site.py
+
+links: setup ## list the links that lead out of the site
+	@$(BIN)/python docs/build_site.py --links
 
 clean: ## remove caches and build leftovers; never the environment, weights, logs or outputs
 	rm -rf .pytest_cache .ruff_cache build dist *.egg-info
