@@ -5,7 +5,7 @@
 
 MkDocs wants all pages in one folder, so this writes them to build/site_pages/, at the places that they have in the
 repository, with what GitHub and Jupyter do for a reader done beforehand: notebooks become pages (with the outputs of
-`make notebooks`, where there are any), formulas become MathML, and a link to a source file leads to a page that shows it.
+`make notebooks`, where there are any), formulas become MathML, and a link to a source file leads to a page of it.
 """
 
 import argparse
@@ -111,9 +111,8 @@ def link(found: re.Match, page: Path) -> str:
     file = (ROOT / page.parent / target).resolve()
     if ":" in target or not file.is_file() or file.suffix in (".md", *PICTURES):
         return target + anchor
-    if file.suffix == ".ipynb":
-        if page.with_suffix(".ipynb") != file.relative_to(ROOT):
-            return target.removesuffix(".ipynb") + ".md" + anchor
+    if file.suffix == ".ipynb" and page.with_suffix(".ipynb") != file.relative_to(ROOT):
+        return target.removesuffix(".ipynb") + ".md" + anchor
     source_page(file.relative_to(ROOT))
     return target + ".md"
 
