@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import uvicorn
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 from test_live import NEW, OLD, loaded_model
+from websockets.sync.client import connect
 
 import demo
 from demo import ACTIONS, build_app, listen, read_message
@@ -81,6 +83,23 @@ def until(condition, seconds=20):
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
     return condition()
+
+
+@contextmanager
+def served(app):
+    """The address of a real server, in a thread."""
+    door = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]})
+    thread.start()
+    assert until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        door.close()
+    assert not thread.is_alive()
 
 
 # ------------------------------------------------------------------------------------------------------- one viewer
@@ -221,21 +240,31 @@ def gated(gate):
         yield client
 
 
-def test_a_disconnect_ends_the_work_after_the_block_at_hand(gated, gate):
-    """The page goes while a block is being made: that block is finished, no other is begun, the line is free."""
-    with gated.websocket_connect("/live") as connection:
-        page = Page(connection)
-        page.start()
-        page.hear("block")
-        gate.open.clear()
-        assert until(lambda: gate.held)
-        calls = gate.calls
-        threading.Timer(0.5, gate.open.set).start()
-    assert until(lambda: gated.stage.line == [] and not gated.stage.viewers)
-    assert gate.calls <= calls + 2  # a block takes two denoising steps
-    calls = gate.calls
-    time.sleep(0.3)
-    assert gate.calls == calls
+@pytest.mark.parametrize("moment", ["in a block", "between blocks", "in line"])
+def test_a_disconnect_ends_the_work_after_the_block_at_hand(gate, moment):
+    """Over a real connection: a block at hand is finished, no other is begun, and the line moves on at once."""
+    app = build_app(replace(live_model(loaded_model()), generator=gate))
+    with served(app) as address, connect(f"ws{address[4:]}/live") as other:
+        with connect(f"ws{address[4:]}/live") as leaving:
+            playing, waiting = (other, leaving) if moment == "in line" else (leaving, other)
+            if moment == "in a block":
+                gate.open.clear()
+            for connection in (playing, waiting):
+                connection.recv()
+                connection.send(json.dumps({"do": "start", "prompt": OLD}))
+                connection.recv()  # playing, or waiting
+            wanted = 0 if moment == "in a block" else 4  # two blocks of two denoising steps, and nobody shows them
+            assert until(lambda: gate.calls == wanted and (gate.held or wanted))
+            time.sleep(0.2)
+        assert until(lambda: len(app.state.stage.line) == (2 if moment == "in a block" else 1), 5)
+        gate.open.set()
+        assert until(lambda: len(app.state.stage.line) == 1 and len(app.state.stage.viewers) == 1, 5)
+        more = {"in a block": 2 + 4, "between blocks": 4 + 4, "in line": 4}[
+            moment
+        ]  # the next viewer has its two blocks
+        assert until(lambda: gate.calls == more, 5)
+        time.sleep(0.3)
+        assert gate.calls == more
 
 
 def test_a_page_that_shows_nothing_has_nothing_made(gated, gate, monkeypatch):
@@ -405,17 +434,9 @@ def test_wans_options_need_a_model_path(capsys):
 
 @pytest.fixture
 def address():
-    """The server as a user starts it, with a small model, in a thread."""
-    door = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(build_app(live_model(loaded_model(sink_frames=3))), log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]})
-    thread.start()
-    assert until(lambda: server.started)
-    yield f"http://127.0.0.1:{door.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(20)
-    door.close()
-    assert not thread.is_alive()
+    """The page with a small model."""
+    with served(build_app(live_model(loaded_model(sink_frames=3)))) as address:
+        yield address
 
 
 @pytest.fixture
