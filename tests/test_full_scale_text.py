@@ -5,14 +5,17 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import on_ranks
 from small_wan import T5_FILE, write_text_encoder, write_tokenizer
 
 from full_scale import text
+from full_scale.parallelize import FullySharded
 from full_scale.pretrained import DOWNLOADS, fingerprint
 from full_scale.text import NEGATIVE_PROMPT, NEGATIVE_PROMPT_I2V, TextEncoder, clean, load_tokenizer
 from full_scale.wan import WAN_CONFIGS
@@ -250,6 +253,21 @@ def test_a_remembered_prompt_needs_no_network(pipeline, tmp_path, monkeypatch):
     assert torch.equal(again([f" {PROMPTS[0]}\n"])["prompt_embeds"], first[:1])  # the same prompt once it is clean
     with pytest.raises(TypeError):
         again(["another prompt"])
+
+
+def encoded(rank, path):
+    """One prompt of two by a network that is shared out, and what its parameters are."""
+    encoder = TextEncoder(path, dtype=torch.float32, sharded=True)
+    encoder.place = partial(FullySharded("cpu", precision="fp32").place, trained=False)
+    return encoder(PROMPTS[rank : rank + 1])["prompt_embeds"], {type(p).__name__ for p in encoder.model.parameters()}
+
+
+def test_the_network_can_be_shared_out(official, tmp_path):
+    """Two processes with half of it each say of their own prompts what one says of both."""
+    expected = TextEncoder(official, dtype=torch.float32)(PROMPTS[:2])["prompt_embeds"]
+    both = on_ranks(2, encoded, official, folder=tmp_path / "ranks")
+    assert [kinds for _, kinds in both] == [{"DTensor"}] * 2
+    torch.testing.assert_close(torch.cat([embeds for embeds, _ in both]), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("damage", [lambda x: b"", lambda x: x[:-9], lambda x: b"\xff" * 99])

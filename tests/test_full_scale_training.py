@@ -117,9 +117,10 @@ def test_killed_on_two_and_resumed_on_one_it_ends_as_if_nothing_had_been(folder,
 
 
 def test_the_recipe_runs_as_printed(folder, tmp_path):
-    """torchrun with two processes, bf16, from a folder of files to a checkpoint that loads, converts and generates."""
+    """torchrun with two processes, bf16, the text encoder shared out as well, from a folder of files to a checkpoint
+    that loads, converts and generates."""
     command = recipe("wan_1_3b_dmd", folder, tmp_path / "run", "processes.precision=bf16", "training.num_steps=1")
-    command += ["training.ema_start_step=0"]
+    command += ["training.ema_start_step=0", "encoder.sharded=true", "encoder.cache=null"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*torchrun, *command], cwd=REPOSITORY, env=environment, check=True, timeout=300)
@@ -146,6 +147,20 @@ def test_torchrun_restarts_what_dies(folder, tmp_path):
     assert (tmp_path / "died").exists()
     for a, b in zip(rows(tmp_path / "calm"), rows(tmp_path / "run"), strict=True):
         assert all(float(b[loss]) == pytest.approx(float(a[loss]), rel=1e-5) for loss in LOSSES)
+
+
+def test_the_slurm_script_starts_torchrun_on_every_machine(tmp_path):
+    """Machines, GPUs and options reach it, and all meet at the first machine. Slurm's own commands are stand-ins."""
+    for name, line in {"scontrol": "printf 'node%s\\n' 1 2", "srun": "printf '%s\\n' \"$@\""}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"NNODES": "2", "GPUS_PER_NODE": "8", "JOB_ID": "7", "JOB_NODELIST": "node[1-2]"}
+    environment = {f"SLURM_{name}": value for name, value in slurm.items()}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["bash", REPOSITORY / "full_scale" / "train.sbatch", "experiment=wan_1_3b_dmd", "training.seed=1"]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert said[0] == ".venv/bin/torchrun" and said[-3:] == ["train.py", *command[-2:]]
+    assert {"--nnodes=2", "--nproc_per_node=8", "--max_restarts=3", "--rdzv_endpoint=node1:29500"} < set(said)
 
 
 def test_prompts_come_round_by_round(tmp_path):
