@@ -141,7 +141,7 @@ class Setup:
     latent: tuple[int, int] = (60, 104)
     batch: int = 64
     micro_batch: int = 1
-    steps: int = 600
+    steps: int = 120
     gpus: int = 64
     gpus_per_node: int = 8
     sharding: str = "hybrid"
