@@ -31,7 +31,7 @@ from flow_match import FlowMatchScheduler
 from full_scale.attention import fastest_attention
 from full_scale.data import ImageConditions, ImagePrompts, cut, prompt_beside, read_prompts
 from full_scale.images import image_pixels
-from full_scale.pixels import STRIDE, WanVAE, load_vae
+from full_scale.pixels import FPS, STRIDE, WanVAE, load_vae
 from full_scale.pretrained import find, fingerprint
 from full_scale.stored_clips import Clip, Clips, is_written, write_clip, write_lmdb
 from full_scale.text import TextEncoder
@@ -44,7 +44,6 @@ from tiny_causal_wan import TinyCausalWanModel
 
 T = TypeVar("T")
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm"}
-FPS = 16  # Wan's
 
 
 # ----------------------------------------------------------------------------------------------------- the processes

@@ -41,10 +41,11 @@ from checkpoint import atomic
 from dynamic_video_sf import Guided, RolloutConfig, prefill, renoise, rollout
 from flow_match import FlowMatchScheduler
 from full_scale.attention import NEEDS, fastest_attention
-from full_scale.data import read_prompts
+from full_scale.build_data import count, process_number
+from full_scale.data import PICTURES, prompt_beside, read_prompts
 from full_scale.images import ImageEncoder, Images, image_conditioning, image_pixels, load_image_encoder
 from full_scale.memory import KnownPrompts, VisitingStream, offload_layers, visiting
-from full_scale.pixels import STRIDE, TinyDecoder, WanVAE, load_tiny_decoder, load_vae
+from full_scale.pixels import FPS, STRIDE, TinyDecoder, WanVAE, load_tiny_decoder, load_vae
 from full_scale.pretrained import DOWNLOADS, PLACES, fingerprint
 from full_scale.sharded_checkpoint import STATE
 from full_scale.speed import QUANTISED, check_quantised, compile_layers, quantise, read_prompts_once
@@ -67,7 +68,6 @@ from samplers import UniPC
 from tiny_causal_wan import Attention, TinyCausalWanModel, WanConfig, exact_attention
 from visualization.video_files import write_gif
 
-FPS = 16
 NUM_STEPS, GUIDANCE_SCALE = 50, 5.0  # of many-step sampling, as Wan does it
 STUDENT = Path("wan_models/Self-Forcing/checkpoints/self_forcing_dmd.pt")  # where DOWNLOADS puts them
 WAN = {"t2v": Path("wan_models/Wan2.1-T2V-1.3B"), "i2v": Path("wan_models/Wan2.1-I2V-14B-480P")}
@@ -349,8 +349,6 @@ def ahead(items: Iterator) -> Iterator:
 
 # ---------------------------------------------------------------------------------------------- what is asked for
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-
 
 @dataclass(frozen=True)
 class Request:
@@ -393,10 +391,7 @@ def read_pairs(folder: Path) -> list[Request]:
     pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES) if folder.is_dir() else []
     if not pictures:
         raise ValueError(f"{folder} holds no image-text pairs: --i2v wants a folder of name.jpg and name.txt each.")
-    lacking = [picture.name for picture in pictures if not picture.with_suffix(".txt").is_file()]
-    if lacking:
-        raise ValueError(f"{folder} has no prompt for {lacking[0]}: add {Path(lacking[0]).stem}.txt.")
-    prompts = [" ".join(picture.with_suffix(".txt").read_text(encoding="utf-8").split()) for picture in pictures]
+    prompts = map(prompt_beside, pictures)
     return [Request(prompt, prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
 
 
@@ -542,12 +537,6 @@ def write_videos(pieces: Iterable[Tensor], outputs: Sequence[Output], formats: S
 # ------------------------------------------------------------------------------------------------- command line
 
 
-def count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}.")
-    return int(text)
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m full_scale.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -689,7 +678,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     sampling = choose_sampling(models, args.num_output_frames, given=given, **options)
     video = read_video(args.video, args.height, args.width) if args.video else None
     num_blocks = count_blocks(args.num_output_frames, sampling.rollout.frames_per_block, given, video)
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world_size = process_number()
     outputs = plan_outputs(args, requests, settings_of(args, models, sampling))
     outputs = [output for output in outputs if output.index % world_size == rank]
     todo = [output for output in outputs if not output.is_finished(args.format)]

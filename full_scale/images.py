@@ -43,13 +43,6 @@ def image_pixels(images: Images, height: int, width: int) -> Tensor:
     return VideoProcessor(vae_scale_factor=8).preprocess(pictures(images), height=height, width=width)
 
 
-def fitting_size(image: Image.Image, max_area: int = 480 * 832, multiple: int = 16) -> tuple[int, int]:
-    """(height, width) of about `max_area` pixels in the image's own proportions, as Wan chooses them."""
-    aspect = image.height / image.width
-    height, width = round(math.sqrt(max_area * aspect)), round(math.sqrt(max_area / aspect))
-    return height // multiple * multiple, width // multiple * multiple
-
-
 def pictures(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
     images = [images] if isinstance(images, Image.Image) else images
     return [image.convert("RGB") for image in images]

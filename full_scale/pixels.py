@@ -22,6 +22,7 @@ from full_scale.wan import first, pick_dtype, read_file
 from processes import pick_device
 
 STRIDE = 8  # pixels per latent, in height and width; 4 in time
+FPS = 16  # pictures a second of Wan's videos
 
 
 def load_vae(

@@ -24,13 +24,12 @@ from pathlib import Path
 
 from checkpoint import atomic
 from dynamic_video_sf import RolloutConfig, SelfForcingConfig
-from full_scale.pixels import STRIDE
+from full_scale.pixels import FPS, STRIDE
 from full_scale.wan import WAN_CONFIGS
 from kv_cache import block_sizes, remembers
 from tiny_causal_wan import CLIP_DIM, WanConfig
 
 TIME_STRIDE = 4  # a clip of n latent frames has 1 + 4 (n - 1) video frames
-VIDEO_FPS = 16
 VAE_PARAMETERS = 126_892_531  # of Wan2.1_VAE.pth
 UMT5 = {"vocabulary": 256_384, "layers": 24, "dim": 4096, "ffn_dim": 10_240, "position_biases": 32 * 64}
 IMAGE_TOKENS = 257  # of CLIP, which i2v models read besides the prompt
@@ -714,7 +713,7 @@ def inference_time(setup: Setup) -> list[Line]:
         Line("time to the first block", seconds(setup, first, 1), "s"),
         Line("time of a latent frame", video / n(setup.num_frames, "frames"), "s"),
         Line("time of a video frame", video / frames, "s"),
-        Line("times as fast as it is shown", frames / n(VIDEO_FPS, "fps") / video),
+        Line("times as fast as it is shown", frames / n(FPS, "fps") / video),
         Line("videos per hour, all GPUs", n(setup.gpus, "GPUs") * n(3600, "s") / video),
         Line("cost of 1,000 videos", n(1000, "videos") * video / n(3600, "s"), "GPU hours"),
     ]

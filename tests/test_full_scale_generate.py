@@ -818,7 +818,7 @@ MISTAKES = {
     "--data_path two.txt --extended_prompt_path one.txt": "one.txt holds 1 prompts for 2: give one each, in order.",
     "--prompts cat --i2v": "--i2v needs images: add --data_path with a folder of image-text pairs, or --image FILE.",
     "--i2v --data_path one.txt": "one.txt holds no image-text pairs: --i2v wants a folder of name.jpg and name.txt .*",
-    "--i2v --data_path pairs": "pairs has no prompt for a.png: add a.txt.",
+    "--i2v --data_path pairs": "There is no prompt for pairs/a.png: write it to pairs/a.txt.",
     "--prompts cat --image nowhere.png": "There is no image nowhere.png: check --image.",
     "--prompts cat --video nowhere.mp4": "There is no video nowhere.mp4: check --video.",
     "--prompts cat --video one.txt": "one.txt cannot be read as a video: give --video a file that ffmpeg can read.",

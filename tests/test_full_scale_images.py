@@ -11,7 +11,7 @@ from PIL import Image
 from small_wan import CLIP_FILE, CLIP_NAMES, in_wan_names, write_clip, write_vae
 
 from full_scale import images
-from full_scale.images import fitting_size, image_conditioning, image_pixels, load_image_encoder
+from full_scale.images import image_conditioning, image_pixels, load_image_encoder
 from full_scale.pixels import load_vae
 from full_scale.wan import WAN_CONFIGS
 from randomness import generator, rand, randn
@@ -138,17 +138,6 @@ def test_conditioning_fits_the_transformer(pipeline, tmp_path, vae):
         cond["prompt_embeds"] = torch.ones(1, 2, 8)
         flows.append(model(torch.ones(1, 2, 16, 4, 4), torch.tensor([0.5]), cond))
     assert all((flow - flows[0]).abs().max() > 1e-4 for flow in flows[1:])
-
-
-@pytest.mark.parametrize("size", [(480, 832), (300, 200), (1000, 1000), (90, 1600)])
-def test_the_size_keeps_the_proportions(size):
-    """As Wan and diffusers choose it: the area asked for, rounded down to patches of 16 pixels."""
-    image = Image.new("RGB", size[::-1])
-    aspect = image.height / image.width
-    expected = tuple(round(np.sqrt(480 * 832 * ratio)) // 16 * 16 for ratio in (aspect, 1 / aspect))
-    height, width = fitting_size(image)
-    assert (height, width) == expected and height * width <= 480 * 832 + 832
-    assert fitting_size(Image.new("RGB", (832, 480))) == (480, 832)
 
 
 # ----------------------------------------------------------------------------------------------------- CLIP
