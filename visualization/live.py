@@ -21,7 +21,7 @@ from time import monotonic
 from PIL import Image
 
 from visualization.frames import to_bytes, to_clips
-from visualization.style import INK, LOOKS, SOFT
+from visualization.style import INK, LOOKS, PAPER, SOFT
 
 STILL = 44  # pixels that a frame is wide in the strip
 LOST = 3  # frames that are still shown after they were evicted
@@ -67,7 +67,7 @@ def strip(groups, stills, num_lost) -> str:
         )
     return (
         f'<div role="img" aria-label="{describe(groups, num_lost)}" style="display:flex;flex-wrap:wrap;gap:4px 18px;'
-        f'color:{INK};font-family:sans-serif">{"".join(cells)}</div>'
+        f'color:{INK};background:{PAPER};font-family:sans-serif">{"".join(cells)}</div>'
     )
 
 
