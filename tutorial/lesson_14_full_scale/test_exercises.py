@@ -1,0 +1,255 @@
+"""Graders of lesson 14. `make grade LESSON=14`; each message says which idea is missing."""
+
+import inspect
+from dataclasses import replace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from full_scale.wan import WAN_CONFIGS
+from kv_cache import KVCache
+from tiny_causal_wan import FrameMask, TinyCausalWanModel, WanConfig, matmul_attention
+
+PARAMETERS = 1_000_000
+
+
+def test_five_numbers_for_every_parameter(training_bytes):
+    got = training_bytes(PARAMETERS, gpus=1)
+    assert got == 20 * PARAMETERS, (
+        "On one GPU a float32 parameter comes with its gradient, AdamW's two moments and its place in the average: "
+        f"five numbers of 4 bytes, 20 in all. Yours is {got / PARAMETERS:g} bytes."
+    )
+
+
+def test_full_sharding_divides_by_all(training_bytes):
+    got = training_bytes(PARAMETERS, gpus=64, gpus_per_node=8, sharding="full")
+    assert got == 20 * PARAMETERS / 64, (
+        "Full sharding gives each of the 64 GPUs one part in 64 of everything; yours has one in "
+        f"{20 * PARAMETERS / got:g}."
+    )
+
+
+def test_hybrid_sharding_divides_by_a_node(training_bytes):
+    got = training_bytes(PARAMETERS, gpus=64, gpus_per_node=8, sharding="hybrid")
+    assert got == 20 * PARAMETERS / 8, (
+        "With hybrid sharding every node of 8 GPUs holds a whole model: one part in 8 each, however many nodes. "
+        f"Yours has one in {20 * PARAMETERS / got:g}."
+    )
+
+
+def test_less_than_a_node(training_bytes):
+    got = training_bytes(PARAMETERS, gpus=2, gpus_per_node=8, sharding="hybrid")
+    assert got == 20 * PARAMETERS / 2, "With 2 GPUs of a node of 8 there are 2 to share the model, not 8."
+
+
+def test_it_is_a_real_caches_size(cache_bytes):
+    config = WanConfig(dim=24, num_heads=2, num_layers=3, ffn_dim=24, patch_size=(1, 2, 2))
+    model, cond = TinyCausalWanModel(config), {"prompt_embeds": torch.zeros(1, 4, 32)}
+    got = cache_bytes(config, 4, (6, 10), 4)
+    with torch.no_grad():
+        cache = model.remember(torch.randn(1, 4, 1, 6, 10), 0.0, cond, KVCache())
+    real = sum(x.nbytes for pair in cache.layers for x in pair)
+    assert got == real, (
+        f"A model of 3 layers of width 24 really remembers 4 frames of 6 x 10 latents (patches of 2 x 2) in {real:,} "
+        f"bytes of float32; you count {got:,.0f}. Keys and values, in every layer, for every token, of the model's "
+        "width."
+    )
+
+
+def test_it_grows_with_frames_not_with_heads(cache_bytes):
+    config = WAN_CONFIGS["t2v-1.3b"]
+    one, three = (cache_bytes(config, frames, (60, 104)) for frames in (7, 21))
+    assert three == 3 * one, "Three times as many frames have three times as many keys."
+    assert cache_bytes(replace(config, num_heads=24), 7, (60, 104)) == one, (
+        "All heads together are as wide as the model, so their number does not matter."
+    )
+
+
+def test_of_wan(cache_bytes):
+    got = cache_bytes(WAN_CONFIGS["t2v-1.3b"], 21, (60, 104))
+    assert got == 2 * 30 * 21 * 1560 * 1536 * 2, (
+        f"Wan 1.3B, 21 latent frames of 60 x 104 (1560 tokens each) in bf16: 2 x 30 layers x 32,760 tokens x 1536 x 2 "
+        f"bytes, 6.0 GB; yours is {got / 1e9:.2f} GB."
+    )
+
+
+def test_the_batch_is_shared_out(parts_per_gpu):
+    got = [parts_per_gpu(64, gpus) for gpus in (1, 8, 64)]
+    assert got == [64, 8, 1], (
+        f"A batch of 64 is 64 parts for one GPU, 8 for each of 8, and 1 for each of 64; yours: {got}. It is the same "
+        "step, whatever the number of GPUs."
+    )
+    got = parts_per_gpu(64, 8, micro_batch=2)
+    assert got == 4, f"With two videos at a time, 8 GPUs take 16 at once and four rounds for 64, not {got}."
+
+
+def test_neighbours_share_a_video(parts_per_gpu):
+    got = parts_per_gpu(64, 8, sequence_parallel=4)
+    assert got == 32, (
+        "With sequence_parallel=4, eight GPUs are two groups, each working on one video at a time: 32 parts, not "
+        f"{got}."
+    )
+
+
+def test_what_does_not_divide_is_refused(parts_per_gpu):
+    parts_per_gpu(8, 8)
+    for batch, gpus, more in ((64, 24, {}), (64, 8, {"micro_batch": 3}), (4, 8, {}), (64, 6, {"sequence_parallel": 4})):
+        try:
+            got = parts_per_gpu(batch, gpus, **more)
+        except ValueError as error:
+            assert any(character.isdigit() for character in str(error)), (
+                "The error should name a number that fits: somebody has to type something else now."
+            )
+            continue
+        raise AssertionError(
+            f"A batch of {batch} on {gpus} GPUs {more or ''} leaves some without work, or a video cut: ValueError. "
+            f"You returned {got}."
+        )
+
+
+def named(*names):
+    return {name: torch.full((1,), float(i)) for i, name in enumerate(names)}
+
+
+def stripped(without_wrappers, *names):
+    return list(without_wrappers(named(*names), "file.pt"))
+
+
+def test_infixes_go_wherever_they_are(without_wrappers):
+    got = stripped(
+        without_wrappers,
+        "_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.ffn.0.weight",
+        "blocks.1._orig_mod.self_attn.q.weight",
+        "module.head.head.bias",
+    )
+    wanted = ["blocks.0.ffn.0.weight", "blocks.1.self_attn.q.weight", "head.head.bias"]
+    assert got == wanted, (
+        f"Wrappers stand at the front or in the middle, alone or several in a row: _fsdp_wrapped_module (FSDP), "
+        f"_checkpoint_wrapped_module, _orig_mod (torch.compile), module (DDP). Left over in yours: {got}."
+    )
+
+
+def test_the_prefix_goes_when_it_is_first(without_wrappers):
+    got = stripped(without_wrappers, "model.patch_embedding.weight", "_fsdp_wrapped_module.model.head.modulation")
+    assert got == ["patch_embedding.weight", "head.modulation"], (
+        "Self-Forcing keeps its network as `model.`, and FSDP may stand before it: strip the infixes first, the "
+        f"prefix then. Yours: {got}."
+    )
+    got = stripped(without_wrappers, "model._fsdp_wrapped_module.head.modulation")
+    assert got == ["head.modulation"], (
+        f"The other way round occurs as well (generator_ema of Self-Forcing). Yours: {got}."
+    )
+
+
+def test_a_part_of_a_word_stays(without_wrappers):
+    got = stripped(without_wrappers, "my_module.weight", "blocks.0.submodel.weight", "supermodel.bias")
+    assert got == ["my_module.weight", "blocks.0.submodel.weight", "supermodel.bias"], (
+        f"Only whole parts between two points are wrappers: `my_module` is somebody's own name. Yours: {got}."
+    )
+
+
+def test_tensors_stay_with_their_names(without_wrappers):
+    found = without_wrappers(named("_orig_mod.b", "model.a"), "file.pt")
+    assert {name: x.item() for name, x in found.items()} == {"b": 0.0, "a": 1.0}, "Every tensor keeps its own name."
+
+
+def test_a_name_twice_is_refused(without_wrappers):
+    without_wrappers(named("model.a"), "file.pt")
+    try:
+        without_wrappers(named("model.a", "_orig_mod.a"), "file.pt")
+    except ValueError as error:
+        assert "file.pt" in str(error), "Say which file it was: the message should name the source."
+        return
+    raise AssertionError(
+        "Two keys that become one name: whichever you keep, the other's weights are lost in silence. Raise ValueError."
+    )
+
+
+def random_qkv(queries=37, keys=50, dtype=torch.float32, scale=1.0):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, length, 3, 16, generator=rng) for length in (queries, keys, keys))
+    return (scale * q).to(dtype), k.to(dtype), v.to(dtype)
+
+
+def test_it_has_the_models_signature(online_attention):
+    online_attention(*random_qkv(), mask=None, layer=0, kind="self")
+    names = list(inspect.signature(online_attention).parameters)
+    assert names[:6] == ["q", "k", "v", "mask", "layer", "kind"], (
+        f"The model calls attend(q, k, v, mask=, layer=, kind=), not {names}."
+    )
+
+
+def test_it_is_softmax_attention(online_attention):
+    q, k, v = random_qkv()
+    for chunk in (7, 50, 500):
+        got = online_attention(q, k, v, chunk=chunk)
+        assert got.shape == q.shape, f"[b l n d] in, [b l n d] out, with the queries' l; yours is {tuple(got.shape)}."
+        error = (got - matmul_attention(q, k, v)).abs().max().item()
+        assert error < 1e-5, (
+            f"With chunks of {chunk} of 50 keys it is off by {error:.2g}. When a new chunk has a larger score, both "
+            "sums, of exponentials and of values, must be scaled down by exp(old maximum - new maximum)."
+        )
+
+
+def test_large_scores_do_not_overflow(online_attention):
+    q, k, v = random_qkv(scale=300.0)
+    got = online_attention(q, k, v, chunk=8)
+    assert got.isfinite().all() and (got - matmul_attention(q, k, v)).abs().max() < 1e-4, (
+        "With large scores exp overflows: subtract the largest score so far before you take it."
+    )
+
+
+def test_a_mask_hides(online_attention):
+    mask = FrameMask((2, 2, 1), tokens_per_frame=4, window_frames=1)
+    q, k, v = random_qkv(20, 20)
+    got, right = online_attention(q, k, v, mask=mask, chunk=4), matmul_attention(q, k, v, mask=mask)
+    assert got.isfinite().all(), (
+        "Of the first chunks some queries see nothing at all, and -inf minus -inf is nan: give them zeros until they "
+        "see something."
+    )
+    assert (got - right).abs().max() < 1e-5, "mask.tokens(device) is True where a query (row) sees a key (column)."
+
+
+def test_it_follows_v(online_attention):
+    q, k, v = random_qkv()
+    got = online_attention(q, k, v.bfloat16(), chunk=16)
+    assert got.dtype == torch.bfloat16, (
+        f"Under autocast q and k may come in float32 and v in bf16: all follow v, also what comes out ({got.dtype})."
+    )
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor holds which is made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.numel())
+        return made
+
+
+def test_all_scores_are_never_there(online_attention):
+    q, k, v = random_qkv(256, 2048)
+    with Largest() as seen:
+        online_attention(q, k, v, chunk=64)
+    everything, fair = 2 * 3 * 256 * 2048, 2 * 3 * 16 * 2048
+    assert seen.numbers <= fair, (
+        f"Some tensor in there has {seen.numbers:,} numbers; all scores together would be {everything:,}. With chunks "
+        f"of 64 keys no tensor has to be larger than the keys themselves, {fair:,}. That is what flash attention is "
+        "about."
+    )
+
+
+def test_a_model_runs_with_it(online_attention):
+    torch.manual_seed(0)
+    model = TinyCausalWanModel(WanConfig(dim=24, num_heads=2, num_layers=2, ffn_dim=24))
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    video, cond = torch.randn(1, 4, 1, 8, 8), {"prompt_embeds": torch.randn(1, 4, 32)}
+    with torch.no_grad():
+        before = model(video, 0.5, cond, frames_per_block=2)
+        model.attention = online_attention
+        after = model(video, 0.5, cond, frames_per_block=2)
+    assert (before - after).abs().max() < 1e-4, "model.attention = yours should not change what the model says."
