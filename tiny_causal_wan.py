@@ -414,7 +414,9 @@ class TinyCausalWanModel(nn.Module):
             raise ValueError(f"Frames of {height}x{width} do not divide into patches of {ph}x{pw}; change patch_size.")
         if self.config.model_type == "i2v":
             x_t = torch.cat([x_t, self.image_latents(cond, cache, frames).type_as(x_t)], dim=2)
-        t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
+        if not isinstance(t, Tensor):
+            t = x_t.new_full((), t, dtype=torch.float64)  # filled where it is needed: a copy there would wait
+        t = t.to(x_t.device, torch.float64)
         if t.shape not in ((), (batch,), (batch, 1), (batch, frames)):
             raise ValueError(f"t must be a float, [{batch}] or [{batch}, {frames}] for this clip; got {list(t.shape)}.")
         t = t.reshape(-1, t.shape[-1] if t.ndim == 2 else 1).expand(batch, frames)
