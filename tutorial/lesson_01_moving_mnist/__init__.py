@@ -1,0 +1,1 @@
+"""Lesson 1: Moving MNIST and its exact metrics."""
