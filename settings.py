@@ -35,8 +35,8 @@ CHOICES = {
     "parametrisation": KINDS,
     "init": ("teacher_forcing", "diffusion_forcing", "ode_pairs", "consistency"),
 }
-COUNTS = ("num_steps", "batch_size", "micro_batch_size", "checkpoint_every", "sample_every", "num_previews")
-COUNTS += ("short_clip_frames", "gradient_frames", "min_num_frames")
+COUNTS = ("num_steps", "max_steps", "batch_size", "micro_batch_size", "checkpoint_every", "sample_every")
+COUNTS += ("num_previews", "short_clip_frames", "gradient_frames", "min_num_frames")
 AT_LEAST_ZERO = ("seed", "warmup_steps", "short_clip_steps", "ema_start_step", "lr", "critic_lr", "weight_decay")
 LEAST = dict.fromkeys(COUNTS, 1) | dict.fromkeys(AT_LEAST_ZERO, 0)
 FRACTIONS = ("decay_fraction", "ema_decay", "prompt_dropout", "min_score_time", "short_clip_share", "shortest_share")
@@ -46,10 +46,11 @@ FRACTIONS = ("decay_fraction", "ema_decay", "prompt_dropout", "min_score_time", 
 class TrainingConfig:
     """Everything about training that is not the model, the world or the schedule. Steps, frames and samples are counts.
 
-    batch_size is global; micro_batch_size (None: all at once) is what is held in memory, gradients accumulate. lr is
-    that of Muon's matrices, other parameters get a tenth of it; with AdamW it is everybody's. The lr rises over
-    warmup_steps and falls to zero over the last decay_fraction of the run. The first short_clip_steps steps, and
-    short_clip_share of those after them, see only the first short_clip_frames of each clip. parametrisation says in
+    A run ends after num_steps, or already after max_steps of them: a smoke test of the very same steps. batch_size is
+    global; micro_batch_size (None: all at once) is what is held in memory, gradients accumulate. lr is that of Muon's
+    matrices, other parameters get a tenth of it; with AdamW it is everybody's. The lr rises over warmup_steps
+    and falls to zero over the last decay_fraction of the run. The first short_clip_steps steps, and short_clip_share
+    of those after them, see only the first short_clip_frames of each clip. parametrisation says in
     what the error on data is measured. The rollout settings are those of SelfForcingConfig and RolloutConfig
     (denoising_steps in 0..1000), with defaults for the small world: every block takes all its steps and keeps the
     gradient of the last, and three critic updates share the rollout of the generator. autocast "auto" is bf16 where
@@ -65,6 +66,7 @@ class TrainingConfig:
     compile: bool = False
 
     num_steps: int = 300
+    max_steps: int | None = None
     batch_size: int = 16
     micro_batch_size: int | None = None
     optimizer: str = "adamw"
@@ -143,6 +145,10 @@ class TrainingConfig:
         own = {f.name for f in fields(self)}
         shared = {f.name: getattr(self, f.name) for f in fields(SelfForcingConfig) if f.name in own}
         return SelfForcingConfig(rollout=self.rollout, **shared)
+
+    @property
+    def last_step(self) -> int:
+        return min(self.num_steps, self.max_steps or self.num_steps)
 
     @property
     def updates(self) -> tuple[str, ...]:

@@ -327,10 +327,10 @@ def conditions(run: Run, batch, prompt: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def training_loop(run: Run) -> Iterator[dict[str, float]]:
-    """Train to `num_steps`, yielding what each step reports; `run.step` is already counted up."""
+    """Train to the last step, yielding what each one reports; `run.step` is already counted up."""
     config = run.config
     micro = config.micro_batch_size or max(1, config.batch_size // run.processes.count)
-    while run.step < config.num_steps:
+    while run.step < config.last_step:
         start, report = time.perf_counter(), Report()
         run.evaluations.take()
         first = run.step * config.batch_size
@@ -441,11 +441,11 @@ def fit(cfg) -> Path:
         if processes.is_first:
             print(f"Resuming {folder} at step {run.step}.")
     stop = Interrupt()
-    shown = {"total": run.config.num_steps, "desc": run.config.stage, "unit": "step", "disable": not processes.is_first}
+    shown = {"total": run.config.last_step, "desc": run.config.stage, "unit": "step", "disable": not processes.is_first}
     with open_logs(cfg, folder, run.step) if processes.is_first else nullcontext(dict) as log, stop:
         bar = tqdm(training_loop(run), initial=run.step, **shown)
         for values in bar:
-            if run.step % run.config.sample_every == 0 or run.step == run.config.num_steps:
+            if run.step % run.config.sample_every == 0 or run.step == run.config.last_step:
                 values |= preview(run, folder)
             log(values)
             bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.endswith("_loss")})

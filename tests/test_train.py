@@ -458,6 +458,17 @@ def test_both_optimizers_move_every_parameter(kind, weights):
             assert not torch.equal(new, old), f"{name} {key}"
 
 
+def test_max_steps_ends_a_run_early(weights, tmp_path):
+    """Its steps are the first ones of the longer run, whose learning rate already falls; the end is a whole one."""
+    more = [*RICH["teacher"], "training.num_steps=6", "training.decay_fraction=1.0"]
+    train.main(options("teacher", tmp_path / "whole", weights, *more))
+    train.main(options("teacher", tmp_path / "short", weights, *more, "training.max_steps=2"))
+    assert final_state(tmp_path / "short")["step"] == 2
+    for one, other in zip(rows(tmp_path / "short"), rows(tmp_path / "whole"), strict=False):
+        assert one["generator_loss"] == other["generator_loss"]
+    assert settings.TrainingConfig(num_steps=6, max_steps=9).last_step == 6
+
+
 def test_learning_rate_rises_stays_and_falls():
     """Linear warm-up, a plateau, and a linear end over the last decay_fraction of the run."""
     config = settings.TrainingConfig(num_steps=100, warmup_steps=10, decay_fraction=0.2)
