@@ -34,10 +34,12 @@ def cells(path, kind):
 
 
 def definitions(path):
-    """Functions and classes that the code cells define, at any depth."""
+    """Functions and classes that the code cells define, also inside of functions; a method belongs to its class."""
     trees = [ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)) for source in cells(path, "code")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    methods = {id(method) for node in nodes if isinstance(node, ast.ClassDef) for method in node.body}
     kinds = ast.FunctionDef | ast.ClassDef
-    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)}
+    return {node.name for node in nodes if isinstance(node, kinds) and id(node) not in methods}
 
 
 def prose(source):
@@ -118,4 +120,4 @@ def test_every_expected_picture_is_there_and_described(path):
         picture = (path.parent / target).resolve()
         assert picture.is_file(), target
         if "expected" in picture.parts:
-            assert f'"{picture.stem}")' in code, f"nothing shows {picture.stem}"
+            assert f'"{picture.stem}"' in code, f"nothing shows {picture.stem}"

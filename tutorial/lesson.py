@@ -1,12 +1,15 @@
 """What a notebook of the course needs besides the code that it is about.
 
-lesson = Lesson(8)
-lesson.source(dmd_loss)                          # the code itself, by inclusion, and where it stands
-lesson.exercise("dmd_loss")                      # what to do, with hints that open one by one
-lesson.check("dmd_loss")                         # grade exercises.py as it is on disk now
-lesson.show(figure, "two_worlds")                # a picture; SF_KEEP=1 keeps it as the one to expect
-lesson.expect("accuracy lost", value, 0.2, 0.6)  # say a number and hold it against its range
-lesson.budget(full=200, fast=5)                  # SF_FAST=1 makes every notebook finish in about a minute
+A notebook begins with `lesson = Lesson(8)`. Then it has:
+
+    lesson.source(dmd_loss)                          # the code itself, by inclusion, and where it stands
+    lesson.exercise("dmd_loss")                      # what to do, with hints that open one by one
+    lesson.check("dmd_loss")                         # grade exercises.py as it is on disk now
+    lesson.show(figure, "two_worlds")                # a picture; SF_KEEP=1 keeps it as the one to expect
+    lesson.turn(draw, t=(0.0, 1.0))                  # what draw(t=...) returns, with a slider
+    lesson.play(videos, "name")                      # clips in motion
+    lesson.expect("accuracy lost", value, 0.2, 0.6)  # say a number and hold it against its range
+    lesson.budget(full=200, fast=5)                  # SF_FAST=1 makes every notebook finish in about a minute
 """
 
 import inspect
@@ -18,6 +21,7 @@ from textwrap import dedent
 
 import torch
 from IPython.display import Image, Markdown, display
+from ipywidgets import interactive
 from torch import Tensor
 
 from tutorial.grading import LESSONS, answers, grade, lesson_name, report
@@ -52,6 +56,7 @@ class Lesson:
     def source(self, thing, start: str | None = None, stop: str | None = None) -> None:
         """Show the source of a function, class or method, or its lines from the first that holds `start` to the next
         that holds `stop`. Raises ValueError where there is no such line."""
+        thing = inspect.unwrap(thing)
         lines, first = inspect.getsourcelines(thing)
         begin = find(lines, start, 0) if start else 0
         end = find(lines, stop, begin) if stop else len(lines) - 1
@@ -74,6 +79,16 @@ class Lesson:
             kept.parent.mkdir(exist_ok=True)
             figure.savefig(kept, dpi=100)
         display(figure)
+
+    def turn(self, draw: Callable, **sliders) -> None:
+        """Show what draw(**values) returns, anew whenever somebody moves one of its sliders, which are those of
+        `ipywidgets.interact`. SF_FAST shows it once: nobody is there to move anything."""
+        widget = interactive(draw, **sliders)
+        if self.fast:
+            values = dict(zip(sliders, (one.value for one in widget.kwargs_widgets), strict=True))
+            display(draw(**values))
+        else:
+            display(widget)
 
     def play(self, videos: Tensor, name: str, labels: Sequence[str] | None = None, columns=None, **options) -> None:
         """Show clips [B, F, C, H, W] as a looping GIF, side by side."""
