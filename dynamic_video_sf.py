@@ -579,8 +579,9 @@ def consistency_loss(
     """Few steps without stored trajectories (consistency distillation, arXiv 2303.01469, Alg. 2), block-causal.
 
     Every block of the data x0 [B, F, C, H, W] is noised to a time of a grid of num_steps. The causal teacher, guided,
-    takes one Euler step to the next time; from there `target`, the model itself or an average of it, says where the block
-    ends, and the model must say so from where it was. The past is clean. index: [B, num_blocks], by default random.
+    takes one Euler step to the next time; from there `target`, the model itself or an average of it, says where the
+    block ends, and the model must say so from where it was. The past is clean. index: [B, num_blocks], by default
+    random.
     """
     sizes = torch.tensor(block_sizes(x0.shape[1], config.frames_per_block))
     if index is None:
