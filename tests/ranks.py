@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+# Autograd decides at its first backward whether it needs threads, and with threads a copy of this process could not
+# compute gradients. Later, when flex_attention has been compiled, it believes that it does.
+torch.ones(1, requires_grad=True).sum().backward()
+
 
 def on_ranks(count, function, *arguments, folder):
     """What function(rank, *arguments) returns in each of `count` processes of one gloo group, in their order.

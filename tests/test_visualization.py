@@ -345,8 +345,10 @@ def test_a_notebook_shows_the_picture():
 
 
 def test_the_package_is_a_leaf_without_pyplot():
-    """It imports no other module of this repository, and not pyplot, which would choose a backend."""
+    """It imports no other module of this repository, not pyplot, which would choose a backend, and widgets only to show
+    them."""
     allowed = {"torch", "numpy", "matplotlib", "imageio", "PIL", "visualization", *sys.stdlib_module_names}
+    allowed |= {"ipywidgets", "IPython"}
     files = list(Path(viz.__file__).parent.glob("*.py"))
     assert len(files) > 5
     for file in files:
@@ -355,3 +357,5 @@ def test_the_package_is_a_leaf_without_pyplot():
         names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         assert {name.split(".")[0] for name in names} <= allowed, file
         assert "matplotlib.pyplot" not in names, file
+        at_top = [ast.unparse(node) for node in nodes[0].body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not any("ipywidgets" in line or "IPython" in line for line in at_top), file
