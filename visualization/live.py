@@ -127,7 +127,7 @@ class Player:
     by default. fps: pictures shown per second, if so many are made.
     """
 
-    def __init__(self, live, choices, *, caches=("kept", "anew", "emptied"), fps: float = 8, width: int = 288):
+    def __init__(self, live, choices, *, caches=("emptied", "anew", "kept"), fps: float = 8, width: int = 288):
         import ipywidgets as widgets
 
         self.live, self.fps, self.width, self.strip = live, fps, width, CacheStrip()
