@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-NOTEBOOKS_CI := 05_kv_cache
+NOTEBOOKS_CI := 00_first_video 05_kv_cache 08_dmd
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint format results bench lab grade notebooks notebooks-ci site links clean
