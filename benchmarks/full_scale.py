@@ -21,7 +21,7 @@ from checkpoint import atomic
 from dynamic_video_sf import RolloutConfig, SelfForcingConfig, generate, self_forcing_step
 from flow_match import FlowMatchScheduler
 from full_scale.attention import fastest_attention
-from full_scale.parallelize import FullySharded
+from full_scale.parallelize import FullySharded, leave
 from full_scale.plan import Setup, step_flops, video_flops
 from full_scale.speed import compile_layers, read_prompts_once
 from full_scale.wan import WAN_CONFIGS
@@ -140,6 +140,7 @@ def measure(setup: Setup, device: torch.device, repeats: int, side: int) -> dict
         add(name, work, float(video_flops(setup)))
         gc.collect()  # a compiled model holds itself
     add("training step", training_step(setup, device), float(sum(step_flops(setup).values())))
+    leave()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["processor"]
     return {"device": where, "machine": machine(), "bf16_matrix_teraflops": peak / 1e12, "rows": rows}
 

@@ -1,6 +1,7 @@
 """What all tests share: one thread per worker, and the switches for slow and GPU tests."""
 
 import os
+import sys
 
 import pytest
 
@@ -20,6 +21,16 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --run-slow"))
         if "gpu" in item.keywords and not cuda_available():
             item.add_marker(pytest.mark.skip(reason="gpu: needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """A group of processes that a test leaves behind would be the next test's fault."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("this test leaves a process group behind: call full_scale.parallelize.leave()")
 
 
 def cuda_available():
