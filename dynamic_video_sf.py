@@ -365,10 +365,7 @@ def training_rollout(
     first frame on its own (Wan's) has no such latent in the middle of a clip, but the scores know no other beginning:
     of longer clips, the first returned frame is that one. Pixels, which are their own code, need none.
     """
-    lengths = config.clip_lengths()
-    if config.shortest_share and rand((1,), shared_rng) < config.shortest_share:
-        lengths = lengths[:1]
-    num_frames = lengths[int(randint(len(lengths), (1,), shared_rng))]
+    num_frames = draw_length(config, shared_rng)
     if noise.shape[1] < num_frames:
         raise ValueError(f"noise has {noise.shape[1]} frames, the clip {num_frames}: give max_num_frames of noise.")
     sizes = block_sizes(num_frames, config.rollout.frames_per_block)
@@ -385,6 +382,13 @@ def training_rollout(
             beginning = reencode(video[:, : first + 1])
         return torch.cat([beginning, video[:, first + 1 :]], dim=1), exit_step
     return video[:, first:], exit_step
+
+
+def draw_length(config: SelfForcingConfig, rng: Rng) -> int:
+    lengths = config.clip_lengths()
+    if config.shortest_share and rand((1,), rng) < config.shortest_share:
+        lengths = lengths[:1]
+    return lengths[int(randint(len(lengths), (1,), rng))]
 
 
 def draw_exit(config: SelfForcingConfig, num_blocks: int, rng: Rng) -> int | list[int]:

@@ -185,11 +185,12 @@ def measure(checkpoint: Path, plan, run: Run) -> dict[str, dict]:
 
 
 def measure_one(
-    checkpoint, seed, *, num_videos: int, num_frames: int, num_steps: int = 0, rollout=None, switch=None, **options
-):
+    checkpoint, seed, *, num_videos: int, num_frames: int, num_steps: int = 0, rollout=None, switch=None,
+    from_frame: int = 0, **options,
+):  # fmt: skip
     """Metrics of videos of all prompts, the videos, and what one of their frames cost: network evaluations and seconds
     of the processor. num_steps: of an ODE, instead of the student's few. rollout: what to change of the RolloutConfig.
-    switch: see switching.py, instead of sample_videos."""
+    switch: see switching.py, instead of sample_videos. from_frame: where the metrics begin."""
     import metrics
     from experiments.switching import switched_videos
     from generate import load_model, sample_videos
@@ -206,7 +207,7 @@ def measure_one(
     evaluations, begin = Evaluations([loaded.model]), time.process_time()
     videos = make_videos(loaded, prompts, num_frames, seed=NOISE_SEED + seed)
     seconds, frames = time.process_time() - begin, num_videos * num_frames
-    curves = metrics.examiner(loaded.world)(videos, prompts)
+    curves = metrics.examiner(loaded.world)(videos[:, from_frame:], prompts)
     curves = {name: [round(x, 4) for x in curve] for name, curve in curves.items()}
     return curves, videos, {"evaluations": evaluations.take() / frames, "seconds": round(seconds / frames, 5)}
 

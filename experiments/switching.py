@@ -9,9 +9,8 @@ from torch import Tensor
 from digit_classifiers import NUM_CLASSES
 from dynamic_video_sf import recache, rollout
 from generate import LoadedModel, draw_noise, sample_keys
-from moving_mnist import format_prompt, parse_prompt
-
-CACHES = ("kept", "anew", "emptied")
+from live import CACHES
+from moving_mnist import DIRECTIONS, format_prompt, parse_prompt
 
 
 def another_digit(prompt: str) -> str:
@@ -19,18 +18,31 @@ def another_digit(prompt: str) -> str:
     return format_prompt([replace(digit, label=(digit.label + 3) % NUM_CLASSES) for digit in parse_prompt(prompt)])
 
 
+def another_direction(prompt: str) -> str:
+    """The prompt with every direction replaced by the third after it, of the same digits."""
+    words = [*DIRECTIONS] * 2
+    digits = parse_prompt(prompt)
+    return format_prompt([replace(digit, direction=words[words.index(digit.direction) + 3]) for digit in digits])
+
+
+BEFORE = {"digit": another_digit, "direction": another_direction}
+
+
 @torch.no_grad()
-def switched_videos(loaded: LoadedModel, prompts: Sequence[str], num_frames: int, seed: int, *, at: int, cache: str):
-    """Videos [B, F, C, H, W] that show another digit until frame `at` and then are given the prompts.
+def switched_videos(
+    loaded: LoadedModel, prompts: Sequence[str], num_frames: int, seed: int, *, at: int, cache: str, new: str = "digit"
+):
+    """Videos [B, F, C, H, W] that are told another digit (or direction: new) until frame `at`, then the prompts.
 
     cache: "kept", as the old prompt left it; "anew", the same frames read under the new prompt; or "emptied". Raises
     ValueError for another word.
     """
-    if cache not in CACHES:
-        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}.")
+    for name, value, known in (("cache", cache, CACHES), ("new", new, BEFORE)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
     config = loaded.sampling.rollout
     noise, rng = draw_noise(sample_keys(prompts, seed), num_frames, loaded.frame_shape)
-    old, new = loaded.encoder([another_digit(prompt) for prompt in prompts]), loaded.encoder(prompts)
+    old, new = loaded.encoder([BEFORE[new](prompt) for prompt in prompts]), loaded.encoder(prompts)
     model = (loaded.model, loaded.scheduler)
     before, memory = run_to_end(rollout(*model, noise[:, :at], old, config, rng=rng))
     if cache == "anew":

@@ -16,14 +16,11 @@ PICTURES = {
 }
 
 
-def test_the_command_of_the_docs_runs(tmp_path):
-    """`python tutorial/examples/algorithm_example.py` finds its imports by itself, runs, and says what it wrote."""
-    command = [sys.executable, "tutorial/examples/algorithm_example.py", "--output_dir", str(tmp_path)]
+def test_the_command_of_the_docs_finds_its_imports():
+    """`python tutorial/examples/algorithm_example.py`: a script looks beside itself, not in the repository's root."""
+    command = [sys.executable, "tutorial/examples/algorithm_example.py", "--help"]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == PICTURES
-    assert all(name in done.stdout for name in PICTURES)
-    assert done.stdout.count("critic    at t") == 3
+    assert done.returncode == 0 and "--output_dir" in done.stdout, done.stderr
 
 
 @pytest.fixture
@@ -39,6 +36,8 @@ def test_with_and_without_shipped_weights(shipped, weights, tmp_path, monkeypatc
     algorithm_example.main(["--output_dir", str(tmp_path)])
     said = capsys.readouterr().out
     assert ("a network at random stands in" in said) == (not shipped)
+    assert {path.name for path in tmp_path.iterdir()} == PICTURES and all(name in said for name in PICTURES)
+    assert said.count("critic    at t") == 3
     assert len(imageio.imread(tmp_path / "6_video.gif")) == 18
     assert "keeps all frames: 3, 6, 9, 12, 15, 18" in said
     assert "window of 6 frames: 3, 6, 6, 6, 6, 6" in said

@@ -116,6 +116,7 @@ def test_killed_on_two_and_resumed_on_one_it_ends_as_if_nothing_had_been(folder,
     assert any((moved[key] - x).abs().max() > 1e-3 for key, x in start.items())
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_as_printed(folder, tmp_path):
     """torchrun with two processes, bf16, the text encoder shared out as well, from a folder of files to a checkpoint
     that loads, converts and generates."""

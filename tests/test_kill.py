@@ -75,6 +75,7 @@ def kill_and_resume(start, tmp_path, kills, num_steps):
     assert names(tmp_path / "killed") == FILES
 
 
+@pytest.mark.slow
 def test_killed_twice(start, tmp_path):
     """Two kills at random moments, then the end: all tensors of the final checkpoint equal, every step logged once."""
     kill_and_resume(start, tmp_path, kills=2, num_steps=14)

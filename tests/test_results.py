@@ -11,9 +11,9 @@ from tiny_runs import TINY, make_weights
 
 from checkpoint import load_weights, save_weights
 from experiments import results, run
-from experiments.run import Run, all_runs, execute, load_plan
+from experiments.run import Run, all_runs, execute, load_plan, measure_one
 from experiments.sick import RoundedWeights, StaleCache
-from experiments.switching import CACHES, another_digit, switched_videos
+from experiments.switching import BEFORE, CACHES, another_digit, another_direction, switched_videos
 from generate import load_model
 from kv_cache import KVCache
 from tiny_causal_wan import TinyCausalWanModel, WanConfig
@@ -111,6 +111,21 @@ def test_a_switch_changes_the_prompt_and_what_is_done_about_the_cache(laboratory
     assert len({video[:, 6:].sum().item() for video in seen}) == 3
     with pytest.raises(ValueError, match="cache must be one of kept, anew, emptied, got 'lost'."):
         switched_videos(loaded, prompts, 12, 5, at=6, cache="lost")
+
+
+def test_a_direction_changes_as_a_digit_does(laboratory):
+    """The same video once the digit is another and once the way it goes; metrics may begin at the switch."""
+    make_weights(laboratory)
+    loaded = load_model(laboratory / "start.safetensors")
+    prompts = ["a 3 moving right", "a 8 moving down-left"]
+    assert [another_direction(prompt) for prompt in prompts] == ["a 3 moving down", "a 8 moving up"]
+    digit, direction = (switched_videos(loaded, prompts, 9, 5, at=6, cache="kept", new=new) for new in BEFORE)
+    assert not torch.equal(digit[:, :6], direction[:, :6])
+    with pytest.raises(ValueError, match="new must be one of digit, direction, got 'speed'."):
+        switched_videos(loaded, prompts, 9, 5, at=6, cache="kept", new="speed")
+    options = {"num_videos": 2, "num_frames": 12, "switch": {"at": 6, "cache": "kept", "new": "direction"}}
+    whole, after = (measure_one(laboratory / "start.safetensors", 0, **options, from_frame=at)[0] for at in (0, 6))
+    assert len(whole["ink"]) == 12 and after["ink"] == whole["ink"][6:]
 
 
 def test_what_a_row_needs_is_prepared_once(laboratory, monkeypatch):
