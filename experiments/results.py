@@ -228,6 +228,12 @@ def write_page() -> None:
     PAGE.write_text("\n\n".join([head, *filter(None, sections)]) + "\n")
 
 
+def missing() -> dict[str, int]:
+    """Experiment -> how many of its runs have no record with the settings of now."""
+    plans = {name: load_plan(name) for name in experiments()}
+    return {name: sum(not run.is_done(plan) for run in all_runs(name, plan)) for name, plan in plans.items()}
+
+
 def evaluate_again(name: str) -> None:
     """Roll a row out from its shipped weights; exit with an error where it leaves the range of its record."""
     experiment, _, row = name.partition("/")
@@ -261,6 +267,8 @@ def main() -> None:
             raise ValueError("--evaluate needs --only EXPERIMENT/ROW, such as main_table/sf_dmd.")
         return evaluate_again(args.only)
     write_page()
+    if left := [f"{count} of {name}" for name, count in missing().items() if count]:
+        print(f"Runs without a record: {', '.join(left)}; `make results MISSING=1` does them.")
 
 
 if __name__ == "__main__":

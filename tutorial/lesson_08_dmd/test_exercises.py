@@ -1,7 +1,6 @@
 """Graders of lesson 8. `make grade LESSON=8`; each message says which idea is missing."""
 
 import torch
-from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from dynamic_video_sf import dmd_loss as core
@@ -9,35 +8,7 @@ from experiments.gaussian_mixture import Mixture, judge
 from flow_match import FlowMatchScheduler
 from randomness import generator, randn, randn_like
 from tutorial.lesson_08_dmd.worlds import FAULTS, SCHEDULER, TARGET, crowded, exact_critic, log_of, move_points
-
-SHAPE = (3, 4, 1, 2, 2)
-TIMES = torch.tensor([0.2, 0.5, 0.9])
-COND, UNCOND = {"shift": 0.5}, {"shift": -0.2}
-
-
-class Sees(nn.Module):
-    """A score that sees the clean video gain * x_t + shift, the shift being its prompt; it notes its inputs."""
-
-    def __init__(self, gain):
-        super().__init__()
-        self.gain, self.asked = nn.Parameter(torch.tensor(gain)), []
-
-    def forward(self, x_t, t, cond):
-        self.asked.append((x_t, t, cond))
-        return (x_t - self.gain * x_t - cond["shift"]) / wide(t)
-
-
-def wide(t):
-    return t.reshape(-1, 1, 1, 1, 1)
-
-
-def draw(name, shape=SHAPE):
-    return randn(shape, generator(0, name))
-
-
-def the_video():
-    """Three clips, each with a contrast of its own."""
-    return (wide(torch.tensor([0.3, 1.0, 5.0])) * draw("video")).requires_grad_()
+from tutorial.scores import COND, TIMES, UNCOND, Sees, draw, the_video, wide
 
 
 def noised(video):

@@ -17,35 +17,9 @@ from flow_match import FlowMatchScheduler
 from randomness import generator, generators, randn
 from run_folder import Evaluations
 from tiny_causal_wan import TinyCausalWanModel, WanConfig
+from tutorial.scores import COND, TIMES, UNCOND, Sees, draw, the_video, wide
 
-SHAPE = (3, 4, 1, 2, 2)
-TIMES = torch.tensor([0.2, 0.5, 0.9])
-COND, UNCOND = {"shift": 0.5}, {"shift": -0.2}
 SCHEDULER = FlowMatchScheduler()
-
-
-class Sees(nn.Module):
-    """A score that sees the clean video gain * x_t + shift in x_t, the shift being its prompt."""
-
-    def __init__(self, gain):
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(gain))
-
-    def forward(self, x_t, t, cond):
-        return (x_t - self.gain * x_t - cond["shift"]) / wide(t)
-
-
-def wide(t):
-    return t.reshape(-1, 1, 1, 1, 1)
-
-
-def draw(name, shape=SHAPE):
-    return randn(shape, generator(0, name))
-
-
-def the_video():
-    """Three clips, each with a contrast of its own."""
-    return (wide(torch.tensor([0.3, 1.0, 5.0])) * draw("video")).requires_grad_()
 
 
 def sid(loss, video, real=None, fake=None, guidance_scale=1.0, **options):
