@@ -31,6 +31,7 @@ from kv_cache import KVCache, block_borders, block_sizes
 from randomness import generators, randn
 from samplers import UniPC
 from tiny_causal_wan import TinyCausalWanModel, WanConfig, WanLayer, sdpa_attention
+from tutorial.moments import watch
 
 SCHEDULER = FlowMatchScheduler()
 TIMES = (1.0, 0.9375, 5 / 6, 0.625)  # 1000, 750, 500, 250 at shift 5
@@ -615,3 +616,19 @@ def test_unipc_is_closer_to_the_end_of_the_ode_than_euler():
         for name, sampler in {"unipc": UniPC(SCHEDULER, steps), "euler": euler}.items()
     }
     assert missed["unipc"] < 0.5 * missed["euler"] and missed["euler"] > 1e-3
+
+
+@every_shape
+def test_a_watched_rollout_is_the_rollout(model, shape):
+    """The course's pictures tell what happened: every call in order, its guess, and what the cache held in it."""
+    num_frames, config = shaped(shape)
+    noise, cond, spy = start(num_frames), prompt(), Spy(model)
+    moments = watch(spy, SCHEDULER, noise, cond, config, rng=rng())
+    video = generate(model, SCHEDULER, noise, cond, config, rng=rng())
+    calls = [moment for moment in moments if moment.step is not None]
+    assert [moment.frames[0] for moment in calls] == [call.frame for call in spy.seen]
+    assert [moment.held for moment in calls] == [call.cache.frames for call in spy.seen]
+    assert all(torch.equal(moment.noisy, call.x[0]) for moment, call in zip(calls, spy.seen, strict=True))
+    finished = [moment for moment in moments if moment.step is None]
+    assert torch.equal(torch.cat([moment.guess for moment in finished]), video[0])
+    assert [moment.after for moment in finished[:-1]] == [moment.held for moment in finished[1:]]

@@ -10,8 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
@@ -44,6 +46,12 @@ FILM = video(3, 24, 1, 8, 8)
 PAST = np.tri(4, dtype=bool).repeat(3, 0).repeat(3, 1)
 FORCING = np.block([[PAST, np.zeros_like(PAST)], [PAST & ~np.eye(4, dtype=bool).repeat(3, 0).repeat(3, 1), PAST]])
 HELD = [range(3), range(6), range(9), [0, 1, 2, *range(6, 12)]]
+MOMENTS = [
+    viz.Moment(range(3), (), 1, 0, 1.0, noisy=FILM[0, :3], guess=FILM[1, :3]),
+    viz.Moment(range(3), (), 1, guess=FILM[1, :3], after=(0, 1, 2)),
+    viz.Moment(range(3, 6), (0, 1, 2), 1, 0, 1.0, noisy=FILM[0, 3:6], guess=FILM[1, 3:6]),
+    viz.Moment(range(3, 6), (0, 1, 2), 1, guess=FILM[1, 3:6], after=(0, 4, 5)),
+]
 LOG = {"critic_error": [0.2, None, 0.1], "score_distance": [1e-3, 10.0, 0.5]}
 PICTURES = {
     "film": lambda path=None: viz.film_strip(
@@ -67,6 +75,8 @@ PICTURES = {
     "sinks": lambda path=None: viz.plot_sink_scores(torch.rand(6, 4), path),
     "sick": lambda path=None: viz.plot_sick_runs({"healthy": (FILM, LOG), "sick": (FILM, LOG)}, path, 3, "Sick runs"),
     "diagram": lambda path=None: viz.create_algorithm_diagram(path),
+    "denoising call": lambda path=None: style.finish(list(viz.draw_moments(MOMENTS))[2], path),
+    "memory pass": lambda path=None: style.finish(list(viz.draw_moments(MOMENTS))[3], path),
 }
 
 
@@ -359,3 +369,34 @@ def test_the_package_is_a_leaf_without_pyplot():
         assert "matplotlib.pyplot" not in names, file
         at_top = [ast.unparse(node) for node in nodes[0].body if isinstance(node, ast.Import | ast.ImportFrom)]
         assert not any("ipywidgets" in line or "IPython" in line for line in at_top), file
+
+
+def cells_of(fig):
+    """Frames that the last row of the mask of a moment sees, by colour: columns of its cells."""
+    cells = [p for p in fig.axes[0].patches if isinstance(p, Rectangle) and p.get_x() > 9 and p.get_linewidth() == 0.6]
+    last = max(round(p.get_y(), 3) for p in cells)
+    row = sorted((p for p in cells if round(p.get_y(), 3) == last), key=lambda p: p.get_x())
+    return [to_hex(p.get_facecolor()).upper() for p in row]
+
+
+def test_a_moment_shows_what_is_held_and_who_is_seen():
+    """Three past frames, one of them a sink, and the block itself; evicted in the memory pass is what `after` lacks."""
+    figures = list(viz.draw_moments(MOMENTS))
+    assert len(figures) == 4
+    sink, cached, own = (style.LOOKS[kind].edge for kind in ("sink", "cached", "clean"))
+    assert cells_of(figures[2]) == [sink, cached, cached, own, own, own] == cells_of(figures[3])
+    evicted = [line for line in figures[3].axes[0].lines if line.get_color() == style.LOOKS["evicted"].edge]
+    assert len(evicted) == 4  # frames 1 to 3, and the one of the legend
+    with pytest.raises(ValueError, match="no moments: give one for every call of the network"):
+        list(viz.draw_moments([]))
+
+
+def test_figures_become_a_film(tmp_path):
+    """As many pictures as figures, of one size, in order, in a folder that was not there."""
+    path = viz.animate(viz.draw_moments(MOMENTS), tmp_path / "new" / "moments.gif", fps=2, dpi=40)
+    frames = pixels(path)
+    assert len(frames) == 4 and frames[0].std() > 5
+    assert all((frames[i] != frames[i + 1]).any() for i in range(3))
+    assert iio.immeta(path, index=0)["duration"] == 500
+    with pytest.raises(ValueError, match="no figures to animate"):
+        viz.animate([], tmp_path / "none.gif")

@@ -8,6 +8,7 @@ A notebook begins with `lesson = Lesson(8)`. Then it has:
     lesson.show(figure, "two_worlds")                # a picture; SF_KEEP=1 keeps it as the one to expect
     lesson.turn(draw, t=(0.0, 1.0))                  # what draw(t=...) returns, with a slider
     lesson.play(videos, "name")                      # clips in motion
+    lesson.animate(figures, "name")                  # figures one after the other, in motion
     lesson.expect("accuracy lost", value, 0.2, 0.6)  # say a number and hold it against its range
     lesson.budget(full=200, fast=5)                  # SF_FAST=1 makes every notebook finish in about a minute
 """
@@ -25,7 +26,7 @@ from ipywidgets import interactive
 from torch import Tensor
 
 from tutorial.grading import LESSONS, answers, grade, lesson_name, report
-from visualization import save_video_grid
+from visualization import animate, save_video_grid
 
 REPOSITORY = LESSONS.parent
 
@@ -93,6 +94,11 @@ class Lesson:
     def play(self, videos: Tensor, name: str, labels: Sequence[str] | None = None, columns=None, **options) -> None:
         """Show clips [B, F, C, H, W] as a looping GIF, side by side."""
         path = save_video_grid(videos, self.outputs / f"{name}.gif", columns=columns, labels=labels, **options)
+        display(Image(filename=str(path)))
+
+    def animate(self, figures, name: str, **options) -> None:
+        """Show figures one after the other, as a looping GIF."""
+        path = animate(figures, self.outputs / f"{name}.gif", **options)
         display(Image(filename=str(path)))
 
     def expect(self, what: str, value: float, low: float, high: float) -> None:

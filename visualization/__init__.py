@@ -5,6 +5,7 @@ Figure that pyplot does not know: a notebook shows it by itself, a script saves 
 nothing is left open.
 """
 
+from visualization.animation import Moment, animate, draw_moments
 from visualization.attention import plot_last_block, plot_sink_scores, show_frame_attention
 from visualization.curves import plot_lines, plot_metric_curves
 from visualization.diagram import create_algorithm_diagram
@@ -14,8 +15,11 @@ from visualization.memory import show_cache, show_mask, visualize_kv_cache_growt
 from visualization.video_files import create_video_gif, save_video, save_video_grid
 
 __all__ = [
+    "Moment",
+    "animate",
     "create_algorithm_diagram",
     "create_video_gif",
+    "draw_moments",
     "film_strip",
     "plot_last_block",
     "plot_lines",
