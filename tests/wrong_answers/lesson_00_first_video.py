@@ -106,6 +106,12 @@ def seed_alone(keys, num_frames, frame_shape, device=None):
     return by_hash([key[:1] for key in keys], num_frames, frame_shape)
 
 
+def hash_of_python(keys, num_frames, frame_shape, device=None):
+    streams = [torch.Generator().manual_seed(hash(key) % 2**32) for key in keys]
+    frames = [torch.stack([torch.randn(frame_shape, generator=g) for g in streams]) for _ in range(num_frames)]
+    return torch.stack(frames, dim=1), [seeded(key, "later") for key in keys]
+
+
 def global_seed(keys, num_frames, frame_shape, device=None):
     noise = []
     for key in keys:
@@ -168,7 +174,15 @@ def by_hand(loaded, video, prompt, num_frames, seed=0):
 WRONG = {
     "to_pixels": [forgets_the_shift, wraps_around, cuts_off, stretches, gives_floats],
     "block_sizes": [cuts_the_last_block, adds_frames, begins_the_pattern_anew, complains_without_a_way_out],
-    "draw_noise": [one_stream_for_all, whole_clips_at_once, seed_alone, global_seed, one_purpose, uniform],
+    "draw_noise": [
+        one_stream_for_all,
+        whole_clips_at_once,
+        seed_alone,
+        hash_of_python,
+        global_seed,
+        one_purpose,
+        uniform,
+    ],
     "continue_video": [starts_anew, reads_it_in_one_block, gives_the_new_frames_alone, forgets_where_it_is],
 }
 RIGHT = {

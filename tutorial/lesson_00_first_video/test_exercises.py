@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import torch
@@ -65,9 +66,10 @@ def complaint(block_sizes, *args, **options):
         sizes = block_sizes(*args, **options)
     except ValueError as error:
         return str(error)
+    given = ", ".join([*map(str, args), *(f"{name}={value}" for name, value in options.items())])
     raise AssertionError(
-        f"block_sizes{args} gave {sizes}. A block is never cut and no frame is added in silence: the model was trained "
-        "on whole blocks. Raise ValueError."
+        f"block_sizes({given}) gave {sizes}. A block is never cut and no frame is added in silence: the model was "
+        "trained on whole blocks. Raise ValueError."
     )
 
 
@@ -99,6 +101,16 @@ def test_the_same_key_is_the_same_noise(draw_noise):
     first, _ = draw_noise(KEYS, 3, SHAPE)
     again, _ = draw_noise(KEYS, 3, SHAPE)
     assert torch.equal(first, again), "The same keys should give the same noise, call after call."
+
+
+def test_another_process_draws_the_same(draw_noise):
+    here, _ = draw_noise(KEYS, 3, SHAPE)
+    with mock.patch("builtins.hash", lambda key: 7):  # of strings, it is another number in every process
+        there, _ = draw_noise(KEYS, 3, SHAPE)
+    assert torch.equal(here, there), (
+        "Python's hash() of a string is another number each time that Python starts, so tomorrow's video would be "
+        "another. Seed from what never changes: randomness.generator(*key)."
+    )
 
 
 def test_neighbours_do_not_matter(draw_noise):
