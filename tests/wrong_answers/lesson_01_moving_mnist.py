@@ -52,7 +52,8 @@ def folded(start, velocity, num_frames, reach):
 
 
 def places(ink):
-    return torch.stack(torch.meshgrid(*(torch.arange(n).float() for n in ink.shape[-2:]), indexing="ij"), dim=-1)
+    """In float64: an answer need not be in the dtype of the ink."""
+    return torch.stack(torch.meshgrid(*(torch.arange(n).double() for n in ink.shape[-2:]), indexing="ij"), dim=-1)
 
 
 def x_first(ink):

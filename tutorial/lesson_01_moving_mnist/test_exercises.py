@@ -58,7 +58,9 @@ def test_each_coordinate_moves_by_itself(bounce):
             f"From {start[i, k]:.2f} with velocity {velocity[i, k]:.2f} yours is {off:.2g} pixels off a walk step by "
             "step. Does a motion to the left start on its way back? It has not touched the far wall yet."
         )
-        assert torch.allclose(velocities[:, i, k], leaving), "The signs of the velocities are not those of the walk."
+        assert torch.allclose(velocities[:, i, k].double(), leaving), (
+            "The signs of the velocities are not those of the walk."
+        )
 
 
 def test_it_does_not_walk(bounce):
@@ -73,10 +75,15 @@ def test_it_does_not_walk(bounce):
     )
 
 
+def middles(centre_of_mass, ink):
+    """The answer in float32, whatever it was computed in."""
+    return torch.as_tensor(centre_of_mass(ink)).float()
+
+
 def test_one_pixel_is_its_own_middle(centre_of_mass):
     ink = torch.zeros(5, 9)
     ink[1, 7] = 0.3
-    got = centre_of_mass(ink).tolist()
+    got = middles(centre_of_mass, ink).tolist()
     assert [round(x, 4) for x in got] == [1, 7], (
         f"A single pixel in row 1, column 7 has its middle at (1, 7), not {got}: y first, and pixel k lies at k."
     )
@@ -86,7 +93,7 @@ def test_brighter_pixels_weigh_more(centre_of_mass):
     ink = torch.zeros(2, 6, 6)
     ink[0, 2, 1], ink[0, 2, 5] = 0.25, 0.75
     ink[1] = 2 * ink[0]
-    got = centre_of_mass(ink)
+    got = middles(centre_of_mass, ink)
     assert torch.allclose(got[0], torch.tensor([2.0, 4.0]), atol=1e-4), (
         f"A quarter of the ink at column 1 and three quarters at column 5 balance at column 4, not {got[0].tolist()}."
     )
@@ -96,14 +103,14 @@ def test_brighter_pixels_weigh_more(centre_of_mass):
 def test_any_number_of_axes_before(centre_of_mass):
     torch.manual_seed(0)
     ink = torch.rand(2, 3, 7, 5)
-    got = centre_of_mass(ink)
+    got = middles(centre_of_mass, ink)
     assert tuple(got.shape) == (2, 3, 2), f"Ink [2, 3, 7, 5] has middles [2, 3, 2], yours {list(got.shape)}."
-    alone = torch.stack([torch.stack([centre_of_mass(x) for x in row]) for row in ink])
+    alone = torch.stack([torch.stack([middles(centre_of_mass, x) for x in row]) for row in ink])
     assert torch.allclose(got, alone, atol=1e-4), "Each picture has a middle of its own."
 
 
 def test_no_ink_is_in_the_middle(centre_of_mass):
-    got = centre_of_mass(torch.zeros(3, 5, 8))
+    got = middles(centre_of_mass, torch.zeros(3, 5, 8))
     assert torch.allclose(got, torch.tensor([2.0, 3.5]).expand(3, 2)), (
         f"Without ink the middle of the canvas, (2, 3.5) for 5 x 8, not {got[0].tolist()}: 0 / 0 would poison "
         "every mean."
@@ -118,19 +125,19 @@ def gaussian(seed, dim=4):
 def test_the_same_gaussian_is_at_no_distance(frechet_between):
     mean, covariance = gaussian(0)
     got = float(frechet_between(mean, covariance, mean, covariance))
-    assert abs(got) < 1e-6, f"A Gaussian is at distance 0 from itself, yours says {got:.3g}."
+    assert abs(got) < 1e-4, f"A Gaussian is at distance 0 from itself, yours says {got:.3g}."
 
 
 def test_means_count_squared(frechet_between):
     mean, covariance = gaussian(0)
     got = float(frechet_between(mean, covariance, mean + 3, covariance))
-    assert abs(got - 36) < 1e-6, f"Four means, each 3 apart, are 4 x 9 = 36, not {got:.3g}: the distance is squared."
+    assert abs(got - 36) < 1e-4, f"Four means, each 3 apart, are 4 x 9 = 36, not {got:.3g}: the distance is squared."
 
 
 def test_widths_count_as_standard_deviations(frechet_between):
     zero, first, second = torch.zeros(2, dtype=torch.float64), torch.tensor([4.0, 9.0]), torch.tensor([1.0, 25.0])
     got = float(frechet_between(zero, torch.diag(first).double(), zero, torch.diag(second).double()))
-    assert abs(got - 5) < 1e-6, (
+    assert abs(got - 5) < 1e-4, (
         f"Standard deviations 2 and 3 against 1 and 5: (2 - 1)^2 + (3 - 5)^2 = 5, yours {got:.3g}."
     )
 
@@ -143,7 +150,7 @@ def test_covariances_that_do_not_commute(frechet_between):
     right = first.trace() + second.trace() - 2 * (product.trace() + 2 * product.det().sqrt()).sqrt()
     for pair in ((first, second), (second, first)):
         got = float(frechet_between(mean, pair[0], mean, pair[1]))
-        assert abs(got - right) < 1e-6, (
+        assert abs(got - right) < 1e-4, (
             f"For two covariances with different axes it is {right:.4f}, yours {got:.4f}. S1^1/2 S2^1/2 is not "
             "(S1 S2)^1/2, and the root of a matrix is not that of its entries."
         )
