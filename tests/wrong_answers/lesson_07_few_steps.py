@@ -60,7 +60,7 @@ def error_function(noise):
 def regression(
     model, scheduler, trajectory, times, cond, config, *, teacher_forcing=False, rng=None, index=None, fault=None
 ):
-    """The regression, frame by frame, with room for a fault."""
+    """The regression, frame by frame and in float64, with room for a fault."""
     batch, num_states, num_frames = trajectory.shape[:3]
     sizes = block_sizes(num_frames, config.frames_per_block)
     if index is None:
@@ -69,14 +69,15 @@ def regression(
         index = index[:, :1].expand(-1, len(sizes))
     columns = [index[:, block] for block, size in enumerate(sizes) for _ in range(size)]
     x_t = torch.stack([trajectory[torch.arange(batch), k, f] for f, k in enumerate(columns)], dim=1)
-    t = torch.tensor(times)[torch.stack(columns, dim=1)]
+    t = torch.tensor(times, dtype=torch.float64)[torch.stack(columns, dim=1)]
     if fault == "next time":
-        t = torch.tensor([*times[1:], 0.0])[torch.stack(columns, dim=1)]
+        t = torch.tensor([*times[1:], 0.0], dtype=torch.float64)[torch.stack(columns, dim=1)]
     past = {"clean": x_t if fault == "noisy past" else trajectory[:, -1]} if teacher_forcing else {}
     causal = model if fault == "bidirectional" else block_causal(model, config, **past)
     if fault == "bidirectional" and past:
         causal = partial(model, **past)
-    error = (x_t - t[..., None, None, None] * causal(x_t, t, cond) - trajectory[:, -1]).square().mean((2, 3, 4))
+    with torch.set_grad_enabled(fault != "no gradient"):
+        error = (x_t - t[..., None, None, None] * causal(x_t, t, cond) - trajectory[:, -1]).square().mean((2, 3, 4))
     if fault == "counts clean":
         return error.mean()
     if fault == "divides by zero":
@@ -153,6 +154,7 @@ REGRESSION = (
     "counts clean",
     "divides by zero",
     "never clean",
+    "no gradient",
 )
 CONSISTENCY = (
     "gradient in the target",
