@@ -99,7 +99,8 @@ def wrong_way(mean, t):
 
 
 def by_regression(mean, t):
-    """Guess of x0 from the covariance of x0 and x_t, slope from the integral."""
+    """Guess of x0 from the covariance of x0 and x_t, slope from the integral, in float64."""
+    mean, t = mean.double(), t.double()
     variance = (1 - t) ** 2 + t**2
     ours = mean - (1 - t) / variance * (1 - t) * mean
     return ours, (1 - t) * ((1 - t) * mean) / variance
@@ -128,7 +129,7 @@ def spelled_out(fake_score, scheduler, video, cond, *, t, noise):
     x0 = video.detach()
     at = t.reshape(-1, 1, 1, 1, 1)
     flow = fake_score(x0 + at * (noise - x0), t, cond)
-    return torch.nn.functional.mse_loss(flow, noise - x0)
+    return torch.nn.functional.mse_loss(flow.double(), (noise - x0).double())
 
 
 def by_the_loss(log):
