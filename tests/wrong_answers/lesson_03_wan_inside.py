@@ -87,8 +87,9 @@ def half_minus_one(t, dim):
 
 
 def in_float32(t, dim):
-    found = angles(t, dim).float()
-    return torch.cat([found.cos(), found.sin()], dim=-1)
+    rates = 10000 ** -(torch.arange(dim // 2) / (dim // 2))
+    found = 1000 * t.float()[..., None] * rates
+    return torch.cat([found.cos(), found.sin()], dim=-1).double()
 
 
 def interleaved(t, dim):
