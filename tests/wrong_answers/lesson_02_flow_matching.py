@@ -173,6 +173,7 @@ def the_score(x, t, means, weights, std):
 
 def by_tweedie(x, t, means, weights, std):
     """From the score of x_t: E[noise | x_t] = -t score, and x0 from it; at t = 1 from the noise and the mean."""
+    x = x.double()  # an answer need not be in float32
     noise = -t * the_score(x, t, means, weights, std)
     if t == 1:
         return noise - (weights[:, None] * means).sum(0)

@@ -190,7 +190,7 @@ def test_the_model_sees_x_t_its_level_and_the_prompt(flow_matching_loss):
     flow_matching_loss(model, FlowMatchScheduler(), x0, cond, t=t, noise=noise)
     x_t, told, heard = model.given
     assert torch.allclose(x_t, FlowMatchScheduler().add_noise(x0, noise, t), atol=1e-6), (
-        "The model should be shown x_t."
+        "The model should be shown x_t, at the very t that is given: only a t that you draw yourself is warped."
     )
     assert torch.allclose(told, t) and heard is cond, (
         "Tell the model the very t at which the video was noised, and the prompt. A t that is given is not warped "
@@ -230,11 +230,16 @@ CORNERS = torch.tensor([[-1.0, 0.6], [1.0, 0.6], [0.0, -1.1]])
 SHARES = torch.tensor([0.5, 0.3, 0.2])
 
 
+def asked(exact_flow, *given):
+    """The answer in float32, whatever it was computed in."""
+    return torch.as_tensor(exact_flow(*given)).float()
+
+
 def test_one_gaussian(exact_flow):
     x = torch.tensor([[0.3, -0.8], [2.0, 1.0]])
     mean, t, s = CORNERS[:1], 0.6, 0.5
     x0 = mean + (1 - t) * s**2 / (((1 - t) * s) ** 2 + t**2) * (x - (1 - t) * mean)
-    got = exact_flow(x, t, mean, torch.ones(1), s)
+    got = asked(exact_flow, x, t, mean, torch.ones(1), s)
     assert torch.allclose(got, (x - x0) / t, atol=1e-4), (
         "For a single Gaussian, x_t and x0 are jointly Gaussian: E[x0 | x_t] is its mean, corrected by how far x_t is "
         "from "
@@ -246,7 +251,7 @@ def test_two_points_are_told_apart_softly(exact_flow):
     means = torch.tensor([[-1.0], [1.0]])
     x, t = torch.linspace(-1, 1, 9)[:, None], 0.7
     x0 = torch.tanh((1 - t) * x / t**2)
-    got = exact_flow(x, t, means, torch.tensor([0.5, 0.5]), 1e-4)
+    got = asked(exact_flow, x, t, means, torch.tensor([0.5, 0.5]), 1e-4)
     assert torch.allclose(x - t * got, x0, atol=1e-3), (
         "Between two points -1 and 1 the best guess is tanh((1 - t) x / t^2): each mean counts by how likely it made "
         "this x_t. "
@@ -256,7 +261,7 @@ def test_two_points_are_told_apart_softly(exact_flow):
 
 def test_from_pure_noise_it_is_the_mean_of_all(exact_flow):
     x = torch.tensor([[0.4, -2.0], [1.5, 0.1]])
-    got = x - exact_flow(x, 1.0, CORNERS, SHARES, 0.15)
+    got = x - asked(exact_flow, x, 1.0, CORNERS, SHARES, 0.15)
     right = (SHARES[:, None] * CORNERS).sum(0).expand(2, -1)
     assert torch.allclose(got, right, atol=1e-4), (
         f"At t = 1 nothing is known of x0, so the guess is the mean of the data, {right[0].tolist()}, wherever x is; "
@@ -271,7 +276,7 @@ def test_no_other_flow_has_a_smaller_loss(exact_flow):
     x0 = CORNERS[chosen] + std * torch.randn(40_000, 2, generator=rng)
     noise = torch.randn(40_000, 2, generator=rng)
     x_t = (1 - t) * x0 + t * noise
-    left = noise - x0 - exact_flow(x_t, t, CORNERS, SHARES, std)
+    left = noise - x0 - asked(exact_flow, x_t, t, CORNERS, SHARES, std)
     hints = torch.stack([torch.ones(40_000), x_t[:, 0], x_t[:, 1], x_t[:, 0] * x_t[:, 1], (3 * x_t[:, 0]).sin()])
     correlation = (hints @ left / 40_000).abs().max().item()
     assert correlation < 0.04, (
