@@ -58,7 +58,7 @@ def trains_dmd(video, *given, alpha=1.0, **options):
 
 
 def multiplied_out(video, *given, alpha=1.0, mask=None, observe=None, **options):
-    real, fake = guesses(video, *given, **options)
+    real, fake = (guess.double() for guess in guesses(video, *given, **options))
     gap, norm = real - fake, mean_abs((video - real).detach())
     if observe:
         observe(t=options.get("t"), score_distance=mean_abs(gap).detach().flatten(), normaliser=norm.flatten())
@@ -83,7 +83,7 @@ def sums(fake_logits, real_logits=None):
 
 def as_cross_entropy(fake_logits, real_logits=None):
     logits = fake_logits if real_logits is None else fake_logits - real_logits
-    return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
+    return F.binary_cross_entropy_with_logits(logits.double(), torch.ones_like(logits).double())
 
 
 def labels_exchanged(real_logits, fake_logits, relativistic=False):

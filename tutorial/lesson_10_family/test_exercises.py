@@ -37,10 +37,15 @@ def by_hand(video, guidance_scale=1.0, alpha=1.0, a=0.7, b=0.4):
     return ((real - fake) * ((real - video) - alpha * (real - fake)) / norm).mean()
 
 
+def near(got, right, **tolerance):
+    """Whether an answer is the right number, in whatever floating type it comes."""
+    return torch.allclose(torch.as_tensor(got).double(), right.double(), **tolerance)
+
+
 def test_its_value_is_the_formula(sid_loss):
     video = the_video()
     for alpha in (0.5, 1.0):
-        assert torch.allclose(sid(sid_loss, video, alpha=alpha), by_hand(video, alpha=alpha), rtol=1e-3), (
+        assert near(sid(sid_loss, video, alpha=alpha), by_hand(video, alpha=alpha), rtol=1e-3), (
             f"With alpha = {alpha} the value is not that of the formula: check the two differences, what alpha "
             "multiplies, and that the normaliser is a mean per sample."
         )
@@ -48,7 +53,7 @@ def test_its_value_is_the_formula(sid_loss):
 
 def test_alpha_is_one_unless_said_otherwise(sid_loss):
     video = the_video()
-    assert torch.allclose(sid(sid_loss, video), by_hand(video), rtol=1e-3), "By default alpha is 1."
+    assert near(sid(sid_loss, video), by_hand(video), rtol=1e-3), "By default alpha is 1."
 
 
 def test_the_gradient_also_flows_through_both_scores(sid_loss):
@@ -73,7 +78,7 @@ def test_the_critic_gets_a_gradient_too(sid_loss):
 
 def test_the_teacher_is_guided(sid_loss):
     video = the_video()
-    assert torch.allclose(sid(sid_loss, video, guidance_scale=4.0), by_hand(video, 4.0), rtol=1e-3), (
+    assert near(sid(sid_loss, video, guidance_scale=4.0), by_hand(video, 4.0), rtol=1e-3), (
         "The teacher's guess is uncond + w (cond - uncond), as in DMD; the critic's is plain."
     )
 
@@ -102,9 +107,10 @@ OTHERS = torch.tensor([-0.5, 1.5, 0.0])
 
 def test_it_is_minus_log_of_the_probability_of_real(gan_generator_loss):
     right = -torch.sigmoid(LOGITS).log().mean()
-    assert torch.allclose(gan_generator_loss(LOGITS), right, atol=1e-5), (
-        f"It should be the mean of -log sigmoid(D(fake)), here {right:.3f}: the probability that the student's clip is "
-        "taken for real. softplus(-x) is the stable way to write it."
+    got = gan_generator_loss(LOGITS)
+    assert near(got, right, atol=1e-5), (
+        f"It should be the mean of -log sigmoid(D(fake)), here {right:.3f}; yours is {got:.3f}. The sigmoid is the "
+        "probability that the student's clip is taken for real. softplus(-x) is the stable way to write it."
     )
 
 
@@ -120,7 +126,7 @@ def test_it_still_pulls_where_the_discriminator_is_sure(gan_generator_loss):
 def test_a_relativistic_generator_wants_to_beat_its_partner(gan_generator_loss):
     right = -torch.sigmoid(LOGITS - OTHERS).log().mean()
     got = gan_generator_loss(LOGITS, OTHERS)
-    assert torch.allclose(got, right, atol=1e-5), (
+    assert near(got, right, atol=1e-5), (
         f"With real logits it should be the mean of -log sigmoid(D(fake) - D(real)), pair by pair, here {right:.3f}; "
         f"yours is {got:.3f}."
     )
@@ -128,15 +134,17 @@ def test_a_relativistic_generator_wants_to_beat_its_partner(gan_generator_loss):
 
 def test_both_probabilities_count(gan_discriminator_loss):
     right = -(torch.sigmoid(LOGITS).log() + torch.sigmoid(-OTHERS).log()).mean()
-    assert torch.allclose(gan_discriminator_loss(LOGITS, OTHERS), right, atol=1e-5), (
-        f"It should be -log sigmoid(D(real)) - log sigmoid(-D(fake)), each a mean, here {right:.3f}."
+    got = gan_discriminator_loss(LOGITS, OTHERS)
+    assert near(got, right, atol=1e-5), (
+        f"It should be -log sigmoid(D(real)) - log sigmoid(-D(fake)), each a mean, here {right:.3f}; yours is "
+        f"{got:.3f}."
     )
 
 
 def test_a_relativistic_judge_compares_pairs(gan_discriminator_loss):
     right = -torch.sigmoid(LOGITS - OTHERS).log().mean()
     got = gan_discriminator_loss(LOGITS, OTHERS, relativistic=True)
-    assert torch.allclose(got, right, atol=1e-5), (
+    assert near(got, right, atol=1e-5), (
         "Relativistic: the real clip of each pair should look more real than its fake, "
         f"-log sigmoid(D(real) - D(fake)), here {right:.3f}; yours is {got:.3f}."
     )
@@ -144,7 +152,7 @@ def test_a_relativistic_judge_compares_pairs(gan_discriminator_loss):
 
 def test_a_relativistic_judge_has_no_zero_of_its_own(gan_discriminator_loss):
     losses = [gan_discriminator_loss(LOGITS + shift, OTHERS + shift, relativistic=True) for shift in (0.0, 7.0)]
-    assert torch.allclose(*losses, atol=1e-5), (
+    assert near(*losses, atol=1e-5), (
         "Adding the same number to all logits changes the relativistic loss: only differences should count."
     )
 
