@@ -11,11 +11,16 @@ from tiny_causal_wan import FrameMask, TinyCausalWanModel, WanConfig
 
 def seen(mask, frame):
     """The frames that a row of a mask sees."""
-    return torch.as_tensor(mask)[frame].nonzero()[:, 0].tolist()
+    return mask[frame].nonzero()[:, 0].tolist()
+
+
+def table(frame_mask, *given, **options):
+    """The mask as a tensor, whatever library made it."""
+    return torch.as_tensor(frame_mask(*given, **options))
 
 
 def test_a_block_sees_all_of_itself_and_its_past(frame_mask):
-    mask = frame_mask((3, 3))
+    mask = table(frame_mask, (3, 3))
     assert list(mask.shape) == [6, 6] and mask.dtype == torch.bool, "Six frames look at six frames: bool [6, 6]."
     assert seen(mask, 0) == [0, 1, 2], (
         f"Frame 0 sees its whole block, 0 to 2, yours {seen(mask, 0)}: the frames of a block are denoised together, "
@@ -27,7 +32,7 @@ def test_a_block_sees_all_of_itself_and_its_past(frame_mask):
 
 
 def test_blocks_may_differ_in_size(frame_mask):
-    got = [seen(frame_mask((1, 3, 3)), frame) for frame in (0, 2, 5)]
+    got = [seen(table(frame_mask, (1, 3, 3)), frame) for frame in (0, 2, 5)]
     assert got == [[0], [0, 1, 2, 3], list(range(7))], (
         f"With blocks of 1, 3 and 3, frames 0, 2 and 5 see up to frame 0, 3 and 6; yours see {got}. Where a block "
         "begins is the sum of the sizes before it."
@@ -35,7 +40,7 @@ def test_blocks_may_differ_in_size(frame_mask):
 
 
 def test_window_and_sink_are_the_blocks_own(frame_mask):
-    mask = frame_mask((1, 3, 3, 3), sink_frames=1, window_frames=3)
+    mask = table(frame_mask, (1, 3, 3, 3), sink_frames=1, window_frames=3)
     got = [seen(mask, frame) for frame in (7, 9)]
     assert got == [[0, 4, 5, 6, 7, 8, 9]] * 2, (
         "The block of frames 7 to 9, with a sink of 1 and a window of 3, sees 0, then 4 to 6, and itself, in each of "
@@ -45,15 +50,15 @@ def test_window_and_sink_are_the_blocks_own(frame_mask):
 
 
 def test_in_teacher_forcing_the_clean_half_knows_nothing_of_the_noisy_one(frame_mask):
-    mask = frame_mask((2, 2, 2), clean_half=True)
+    mask = table(frame_mask, (2, 2, 2), clean_half=True)
     assert list(mask.shape) == [12, 12], "[clean || noisy] is twice as long: bool [2F, 2F]."
-    assert not mask[:6, 6:].any() and torch.equal(mask[:6, :6], frame_mask((2, 2, 2))), (
+    assert not mask[:6, 6:].any() and torch.equal(mask[:6, :6], table(frame_mask, (2, 2, 2))), (
         "A clean block sees clean blocks up to itself, block-causally, and nothing of the noisy half."
     )
 
 
 def test_a_noisy_block_sees_clean_blocks_before_it_and_itself(frame_mask):
-    mask = frame_mask((2, 2, 2), clean_half=True)
+    mask = table(frame_mask, (2, 2, 2), clean_half=True)
     got = seen(mask, 6 + 2)
     assert got == [0, 1, 8, 9], (
         f"The second noisy block sees clean frames 0 and 1, and itself (8 and 9); yours {got}. Its own clean copy is "
@@ -62,7 +67,7 @@ def test_a_noisy_block_sees_clean_blocks_before_it_and_itself(frame_mask):
 
 
 def test_teacher_forcing_has_the_same_window(frame_mask):
-    got = seen(frame_mask((1, 2, 2, 2), sink_frames=1, window_frames=2, clean_half=True), 7 + 5)
+    got = seen(table(frame_mask, (1, 2, 2, 2), sink_frames=1, window_frames=2, clean_half=True), 7 + 5)
     assert got == [0, 3, 4, 12, 13], (
         f"The last noisy block, with a sink of 1 and a window of 2, sees clean 0, 3, 4 and itself; yours {got}. A "
         "window that holds in the clean half alone lets training see more than inference."
@@ -74,14 +79,23 @@ def chain(num_frames, window):
     return FrameMask((1,) * num_frames, 1, 0, window).frames()
 
 
+def knows(reach, mask, num_layers):
+    """The answer as a tensor of bools; a number of paths counts as one."""
+    return torch.as_tensor(reach(mask, num_layers)).bool()
+
+
 def test_one_layer_is_the_mask(reach):
     mask = FrameMask((1, 3, 3), 1, 1, 2).frames()
-    assert torch.equal(reach(mask, 1), mask), "After one layer an output depends on what its frame sees, no more."
-    assert torch.equal(reach(mask, 0), torch.eye(7, dtype=torch.bool)), "Without a layer every frame is by itself."
+    assert torch.equal(knows(reach, mask, 1), mask), (
+        "After one layer an output depends on what its frame sees, no more."
+    )
+    assert torch.equal(knows(reach, mask, 0), torch.eye(7, dtype=torch.bool)), (
+        "Without a layer every frame is by itself."
+    )
 
 
 def test_layers_hand_on(reach):
-    got = seen(reach(chain(8, 1), 3), 6)
+    got = seen(knows(reach, chain(8, 1), 3), 6)
     assert got == [3, 4, 5, 6], (
         f"With a window of 1, three layers carry news of frame 3 to frame 6, step by step, and none of frame 2; yours "
         f"{got}. What a frame saw in one layer, others see in it in the next."
@@ -90,7 +104,7 @@ def test_layers_hand_on(reach):
 
 def test_deep_networks_are_counted_too(reach):
     mask = FrameMask((3,) * 7, 1).frames()
-    assert torch.equal(reach(mask, 200), mask), (
+    assert torch.equal(knows(reach, mask, 200), mask), (
         "A block-causal mask without a window reaches the same however deep the network is. The number of paths grows "
         "beyond every integer: only whether there is one counts."
     )
@@ -101,7 +115,7 @@ def test_it_is_what_a_network_does(reach):
     model = random_model(num_layers=2)
     options = {"frames_per_block": 2, "window_frames": 2, "sink_frames": 1}
     mask = FrameMask((2,) * 5, 1, 1, 2).frames()
-    wanted = reach(mask, 2)
+    wanted = knows(reach, mask, 2)
     video = torch.randn(1, 10, 1, 4, 4)
     disturbed = video.repeat(10, 1, 1, 1, 1)
     disturbed[range(10), range(10)] += torch.randn(10, 1, 4, 4)
@@ -173,8 +187,12 @@ def test_one_pixel_is_enough(leaks):
 
 def test_a_norm_hides_nothing(leaks):
     def model(x):
-        x = x - x.mean((2, 3, 4), keepdim=True)
-        return block_means(x / (x.square().mean((2, 3, 4), keepdim=True) + 1e-6).sqrt(), (1, 3, 3), coming=0.1)
+        x = x.double() - x.double().mean((2, 3, 4), keepdim=True)
+        normed = x / (x.square().mean((2, 3, 4), keepdim=True) + 1e-6).sqrt()
+        y = block_means(normed, (1, 3, 3), coming=0.1)
+        return (
+            y + (y.round(decimals=3) - y).detach()
+        ).float()  # what float32 loses moves nothing, and y has a gradient
 
     got = [tuple(pair) for pair in leaks(model, VIDEO, (1, 3, 3))]
     assert got == PAIRS, (
@@ -231,7 +249,7 @@ def clips(batch=3, num_frames=7):
 
 def levels(spy, batch, num_frames=7):
     """The times that a spy was told, [B, F]."""
-    return spy.t.expand(batch, num_frames) if spy.t.ndim else spy.t
+    return spy.t.reshape(-1, spy.t.shape[-1] if spy.t.ndim == 2 else 1).expand(batch, num_frames)
 
 
 def test_a_perfect_flow_costs_nothing(causal_forcing_loss):
@@ -353,7 +371,7 @@ def test_no_table_of_all_tokens_is_made(attend_without_mask):
     with Largest() as largest:
         attend_without_mask(q, k, v, mask=mask)
     share = largest.entries / q.shape[1] ** 2
-    assert share < 0.3, (
+    assert share < 0.5, (
         f"A tensor of {share:.0%} of all tokens times all tokens was made. Ten blocks with a window of two: each needs "
         "a table of its own tokens times those that it sees, one block at a time."
     )
