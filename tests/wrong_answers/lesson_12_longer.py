@@ -128,6 +128,10 @@ def by_sines(keys, num_frames):
     return moved
 
 
+def in_float64(keys, num_frames):
+    return by_sines(keys.double(), num_frames)
+
+
 def keeps_the_old(generator, scheduler, past, cond, config, cache, *, rng=None):
     return right_recache(generator, scheduler, past, cond, config, cache, rng=rng) and cache
 
@@ -247,7 +251,7 @@ WRONG = {
 RIGHT = {
     "cache_bytes": by_counting,
     "never_seen": frame_by_frame,
-    "move_later": by_sines,
+    "move_later": in_float64,
     "recache": run_by_run,
     "MeltingSink": ByFrame,
 }
