@@ -52,7 +52,7 @@ def test_it_is_softmax_attention_over_past_and_block(attend_with_past):
     keys, values = (torch.cat(pair, dim=1) for pair in zip(past, (k, v), strict=True))
     weights = (torch.einsum("blnd,bmnd->bnlm", q, keys) / 8**0.5).softmax(-1)
     right = torch.einsum("bnlm,bmnd->blnd", weights, values)
-    assert torch.allclose(attend_with_past(q, k, v, tuple(past)), right, atol=1e-5), (
+    assert torch.allclose(attend_with_past(q, k, v, tuple(past)).float(), right, atol=1e-5), (
         "It should be softmax(q k^T / sqrt(d)) v over the keys of the past and of the block together."
     )
 
