@@ -58,7 +58,7 @@ def sums(q, k):
 
 
 def head_by_head(q, k):
-    q, k = q.mean(2) / q.shape[-1] ** 0.5, k.mean(2)
+    q, k = q.double().mean(2) / q.shape[-1] ** 0.5, k.double().mean(2)
     return torch.stack([(q[:, :, n] @ k[:, :, n].mT).mean(0) for n in range(q.shape[2])])
 
 
@@ -279,8 +279,8 @@ def all_at_once(q, k, v, chunk):
 
 
 def merged_softmaxes(q, k, v, chunk):
-    """Two finished parts are merged by their logsumexps."""
-    y, total = None, None
+    """Two finished parts are merged by their logsumexps, in float64."""
+    q, k, v, y, total = q.double(), k.double(), v.double(), None, None
     for a, b in zip(k.split(chunk, 1), v.split(chunk, 1), strict=True):
         part, own = all_at_once(q, a, b, chunk)
         if y is None:
