@@ -1,7 +1,6 @@
 """Graders of lesson 6. `make grade LESSON=6`; each message says which idea is missing."""
 
 import numpy as np
-import pytest
 import torch
 
 from flow_match import FlowMatchScheduler
@@ -196,6 +195,7 @@ def test_a_noisy_past_has_its_own_levels(DataPast):
     data, recorder = torch.zeros(256, 2, 1, 8, 8), Recorder()
     remembered(DataPast(recorder, SCHEDULER, data, noisy=True, rng=generator(0, "b")), [data])
     t = torch.as_tensor(recorder.levels[0])
+    t = t[:, 0] if t.ndim == 2 and (t == t[:, :1]).all() else t  # [B, 1] and [B, n] say the same
     assert t.shape == (256,) and t.unique().numel() > 200, (
         "With noisy=True every sample's block has a level of its own: t [B], drawn anew in every remember."
     )
@@ -212,12 +212,15 @@ def test_it_says_where_the_data_end(DataPast):
     data = clip(3)
     wrapped = DataPast(Recorder(), SCHEDULER, data)
     cache = remembered(wrapped, [data[:, :2]])
-    with pytest.raises(ValueError):
+    try:
         wrapped.remember(torch.zeros(2, 2, 1, 2, 2), 0.0, {}, cache)
-        raise AssertionError(
-            "The data have 3 frames and frames 2 and 3 were asked for: raise a ValueError that says so, or a block of "
-            "one frame is remembered in the place of two."
-        )
+        refused = False
+    except (ValueError, AssertionError) as error:
+        refused = isinstance(error, ValueError)
+    assert refused, (
+        "The data have 3 frames and frames 2 and 3 were asked for: raise a ValueError that says so, or a block of "
+        "one frame is remembered in the place of two."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- MixedPast
