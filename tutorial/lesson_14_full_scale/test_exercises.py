@@ -22,24 +22,26 @@ def test_five_numbers_for_every_parameter(training_bytes):
 
 
 def test_full_sharding_divides_by_all(training_bytes):
+    whole = training_bytes(PARAMETERS, gpus=1)
     got = training_bytes(PARAMETERS, gpus=64, gpus_per_node=8, sharding="full")
-    assert got == 20 * PARAMETERS / 64, (
-        "Full sharding gives each of the 64 GPUs one part in 64 of everything; yours has one in "
-        f"{20 * PARAMETERS / got:g}."
+    assert got == whole / 64, (
+        f"Full sharding gives each of the 64 GPUs one part in 64 of everything; yours has one in {whole / got:g}."
     )
 
 
 def test_hybrid_sharding_divides_by_a_node(training_bytes):
+    whole = training_bytes(PARAMETERS, gpus=1)
     got = training_bytes(PARAMETERS, gpus=64, gpus_per_node=8, sharding="hybrid")
-    assert got == 20 * PARAMETERS / 8, (
+    assert got == whole / 8, (
         "With hybrid sharding every node of 8 GPUs holds a whole model: one part in 8 each, however many nodes. "
-        f"Yours has one in {20 * PARAMETERS / got:g}."
+        f"Yours has one in {whole / got:g}."
     )
 
 
 def test_less_than_a_node(training_bytes):
+    whole = training_bytes(PARAMETERS, gpus=1)
     got = training_bytes(PARAMETERS, gpus=2, gpus_per_node=8, sharding="hybrid")
-    assert got == 20 * PARAMETERS / 2, "With 2 GPUs of a node of 8 there are 2 to share the model, not 8."
+    assert got == whole / 2, "With 2 GPUs of a node of 8 there are 2 to share the model, not 8."
 
 
 def test_it_is_a_real_caches_size(cache_bytes):
