@@ -108,7 +108,7 @@ def as_a_mean(model, x_t, t, cond, uncond, guidance_scale):
     return guidance_scale * flow + (1 - guidance_scale) * model(x_t, t, uncond)
 
 
-def loss_of(target, *, warped=True, shared=False, told=lambda t: t, reduce=torch.mean, weighed=True):
+def loss_of(target, *, warped=True, shared=False, told=lambda t: t, reduce=torch.mean, weighed=True, own_noise=False):
     """Variations of the loss: target(x0, noise), and what goes wrong around it."""
 
     def loss(model, scheduler, x0, cond, *, rng=None, t=None, noise=None, parametrisation="flow", observe=None):
@@ -116,9 +116,11 @@ def loss_of(target, *, warped=True, shared=False, told=lambda t: t, reduce=torch
             u = rand((len(x0), 1), rng)[:, 0]
             u = u[:1].expand(len(x0)) if shared else u
             t = scheduler.warp(u) if warped else u
-        noise = randn_like(x0, rng) if noise is None else noise
+        noise = randn_like(x0, None if own_noise else rng) if noise is None else noise
         off = model(scheduler.add_noise(x0, noise, t), told(t), cond) - target(x0, noise)
         weight = loss_weight(parametrisation if weighed else "flow", level(t, x0))
+        if observe:
+            observe(t=t, error=(weight * off.square()).detach().flatten(1).mean(1))
         return reduce(weight * off.square())
 
     return loss
@@ -135,6 +137,7 @@ one_level_for_the_batch = loss_of(right_target, shared=True)
 a_sum = loss_of(right_target, reduce=torch.sum)
 told_in_thousands = loss_of(right_target, told=lambda t: 1000 * t)
 knows_one_parametrisation = loss_of(right_target, weighed=False)
+forgets_the_rng = loss_of(right_target, own_noise=True)
 spelled_out = loss_of(right_target)
 
 
@@ -199,6 +202,7 @@ WRONG = {
         a_sum,
         told_in_thousands,
         knows_one_parametrisation,
+        forgets_the_rng,
     ],
     "exact_flow": [nearest_mean, by_their_shares, means_where_they_were, points_without_width, the_score],
 }

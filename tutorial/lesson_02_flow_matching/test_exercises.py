@@ -216,6 +216,31 @@ def test_times_are_uniform_and_warped(flow_matching_loss):
     )
 
 
+def test_all_chance_comes_from_rng(flow_matching_loss):
+    x0, given = torch.zeros(3, 2, 1, 4, 4), []
+    for _ in range(2):
+        model = Knows(x0, x0)
+        flow_matching_loss(model, FlowMatchScheduler(), x0, {}, rng=generators(0, "grader", samples=range(3)))
+        given.append(model.given)
+    (x_t, t, _), (x_again, t_again, _) = given
+    assert torch.equal(t, t_again) and torch.equal(x_t, x_again), (
+        "From the same rng, times or noise are others the second time: draw both from rng (randomness.rand and "
+        "randn_like), or a resumed training differs from one that was never interrupted."
+    )
+
+
+def test_observe_hears_of_every_sample(flow_matching_loss):
+    (x0, noise), heard = pair(3, 2, 1, 4, 4), {}
+    options = {"t": torch.tensor([0.1, 0.5, 0.9]), "noise": noise, "parametrisation": "x0"}
+    flow_matching_loss(Knows(x0, noise, off=0.5), FlowMatchScheduler(), x0, {}, observe=heard.update, **options)
+    assert heard.keys() == {"t", "error"} and heard["error"].shape == (3,), (
+        f"observe, if given, is called as observe(t=, error=) with one error per sample, [B]; yours heard {[*heard]}."
+    )
+    assert torch.allclose(heard["error"], 0.25 * options["t"] ** 2, atol=1e-5), (
+        "A sample's error is the mean over its entries, weighed as in the loss: here 0.25 t^2."
+    )
+
+
 def test_other_quantities_weigh_otherwise(flow_matching_loss):
     x0, noise = pair(2, 2, 1, 4, 4)
     options = {"t": torch.tensor([0.5, 0.5]), "noise": noise, "parametrisation": "x0"}
