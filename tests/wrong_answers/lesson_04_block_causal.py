@@ -6,6 +6,7 @@ import torch
 
 from dynamic_video_sf import causal_forcing_loss as core_loss
 from dynamic_video_sf import flow_matching_loss
+from randomness import rand, randn_like
 from tiny_causal_wan import FrameMask, matmul_attention, sdpa_attention
 
 # ------------------------------------------------------------------------------------------------------- frame_mask
@@ -223,8 +224,8 @@ def spelled_out(model, scheduler, x0, cond, config, *, teacher_forcing=True, rng
         block, sizes = [], [1, 3] if config.frames_per_block == (1, 3) else [config.frames_per_block] * 2
         while len(block) < x0.shape[1]:
             block += [len(set(block))] * sizes[min(len(set(block)), 1)]
-        t = scheduler.warp(torch.rand(len(x0), max(block) + 1))[:, block]
-    noise = torch.randn_like(x0) if noise is None else noise
+        t = scheduler.warp(rand((len(x0), max(block) + 1), rng))[:, block]
+    noise = randn_like(x0, rng) if noise is None else noise
     weight = t[:, :, None, None, None]
     flow = model(
         (1 - weight) * x0 + weight * noise,
@@ -236,6 +237,10 @@ def spelled_out(model, scheduler, x0, cond, config, *, teacher_forcing=True, rng
         window_frames=config.window_frames,
     )
     return (flow - (noise - x0)).pow(2).mean()
+
+
+def from_the_global_state(model, scheduler, x0, cond, config, *, teacher_forcing=True, rng=None, t=None, **options):
+    return core_loss(model, scheduler, x0, cond, config, teacher_forcing=teacher_forcing, t=t, **options)
 
 
 def always_diffusion(model, scheduler, x0, cond, config, *, teacher_forcing=True, rng=None, t=None, **options):
@@ -309,6 +314,7 @@ WRONG = {
         forgets_the_mask,
         forgets_the_window,
         the_other_sign,
+        from_the_global_state,
         always_diffusion,
     ],
     "attend_without_mask": [ignores_the_mask, makes_the_table, token_causal, everything_before],

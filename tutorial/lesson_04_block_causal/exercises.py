@@ -33,8 +33,8 @@ def causal_forcing_loss(model, scheduler, x0, cond, config, *, teacher_forcing=T
     """Flow matching of a block-causal model on data x0 [B, F, C, H, W], every block at its own noise level.
 
     model: called as TinyCausalWanModel is. config: a RolloutConfig. With teacher_forcing a block sees its past clean,
-    else each past block at that block's own level. t: [B, F], by default one uniform, warped time per block. options:
-    of flow_matching_loss, such as noise=[B, F, C, H, W].
+    else each past block at that block's own level. t: [B, F], by default one uniform, warped time per block, from rng.
+    options: of flow_matching_loss, such as noise=[B, F, C, H, W].
     """
     todo("noise every block to a level of its own, and compare the flow.")
 

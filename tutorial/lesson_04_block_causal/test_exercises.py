@@ -6,6 +6,7 @@ from torch.overrides import TorchFunctionMode
 
 from dynamic_video_sf import RolloutConfig
 from flow_match import FlowMatchScheduler
+from randomness import generators
 from tiny_causal_wan import FrameMask, TinyCausalWanModel, WanConfig
 
 
@@ -273,6 +274,18 @@ def test_every_block_has_a_level_of_its_own(causal_forcing_loss):
         "The frames of a block are denoised together: they have one level. Yours differ within a block."
     )
     assert len(spy.t[:, [0, 1, 4]].unique()) == 12, "Blocks and samples have levels of their own; some of yours agree."
+
+
+def test_all_chance_comes_from_rng(causal_forcing_loss):
+    (x0, _), given = clips(), []
+    for _ in range(2):
+        spy = Spy()
+        causal_forcing_loss(spy, SCHEDULER, x0, {}, CONFIG, rng=generators(0, "grader", samples=range(3)))
+        given.append((spy.t, spy.x_t))
+    assert all(map(torch.equal, *given)), (
+        "From the same rng, levels or noise are others the second time: draw both from rng (randomness.rand and "
+        "randn_like), or a resumed training differs from one that was never interrupted."
+    )
 
 
 def test_levels_are_warped(causal_forcing_loss):
