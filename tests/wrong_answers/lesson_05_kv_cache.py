@@ -77,6 +77,12 @@ def keeps_the_graph(cache, layers, num_frames):
     return replace(cache, keeps_gradient=True).extend(layers, num_frames)
 
 
+def forgets_its_settings(cache, layers, num_frames):
+    """Builds the new cache from what it thinks of."""
+    new = cache.extend(layers, num_frames)
+    return KVCache(cache.sink_frames, cache.window_frames, False, False, new.next_frame, new.frames, new.layers)
+
+
 def counts_what_it_holds(cache, layers, num_frames):
     new = cache.extend(layers, num_frames)
     return replace(new, next_frame=len(new.frames))
@@ -166,7 +172,14 @@ class TwoStores:
 WRONG = {
     "remembers": [counts_the_block, sink_inside_the_window, off_by_one, forgets_the_sink, sees_a_sink_to_come],
     "attend_with_past": [causal_at_the_top_left, causal_inside_the_block, past_alone, unscaled],
-    "extend": [keeps_the_graph, counts_what_it_holds, window_of_tokens, evicts_the_sink, writes_in_place],
+    "extend": [
+        keeps_the_graph,
+        forgets_its_settings,
+        counts_what_it_holds,
+        window_of_tokens,
+        evicts_the_sink,
+        writes_in_place,
+    ],
     "RingCache": [OverwritesTheSink, ConcatenatesAnew, CountsModulo],
 }
 RIGHT = {"remembers": by_sets, "attend_with_past": spelled_out, "extend": frame_by_frame, "RingCache": TwoStores}

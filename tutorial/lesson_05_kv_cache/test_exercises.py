@@ -94,12 +94,15 @@ def filled(extend, cache, sizes):
 
 
 def test_it_holds_what_the_window_leaves(extend):
-    cache = filled(extend, KVCache(sink_frames=1, window_frames=4), [3, 3, 3])
+    cache = filled(extend, KVCache(sink_frames=1, window_frames=4, sink_follows=True), [3, 3, 3])
     assert cache.next_frame == 9, (
         f"After 9 frames the next one is 9, not {cache.next_frame}: it goes on counting when frames fall out."
     )
     assert tuple(cache.frames) == (0, 5, 6, 7, 8), (
         f"With a sink of 1 and a window of 4, frames 0 and 5 to 8 are left after 9, not {cache.frames}."
+    )
+    assert cache.sink_follows, (
+        "A setting of the cache got lost on the way: dataclasses.replace keeps what it is not told."
     )
 
 
