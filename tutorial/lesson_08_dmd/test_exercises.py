@@ -69,21 +69,16 @@ def test_a_sample_is_normalised_by_itself(dmd_loss):
 
 
 def test_the_teacher_is_guided_and_the_critic_is_not(dmd_loss):
-    real, fake = Sees(0.7), Sees(0.4)
-    guided, plain = (pull(dmd_loss, the_video(), real, fake, guidance_scale=w) for w in (3.0, 1.0))
-    prompts = [cond for _, _, cond in fake.asked]
-    assert all(cond is COND for cond in prompts), (
+    fake, teacher = Sees(0.4), Sees(0.7)
+    exaggerated = {"shift": UNCOND["shift"] + 3 * (COND["shift"] - UNCOND["shift"])}
+    guided = pull(dmd_loss, the_video(), teacher, fake, guidance_scale=3.0)
+    assert all(cond is COND for _, _, cond in fake.asked), (
         "The critic was asked without the prompt. Guidance belongs to the teacher alone."
     )
-    video, x_t = the_video().detach(), noised(the_video())
-    gaps, norms = [], []
-    for w in (3.0, 1.0):
-        seen = 0.7 * x_t + UNCOND["shift"] + w * (COND["shift"] - UNCOND["shift"])
-        norms.append((video - seen).abs().mean(dim=(1, 2, 3, 4), keepdim=True))
-        gaps.append(0.4 * x_t + COND["shift"] - seen)
-    assert torch.allclose(guided * norms[0], gaps[0], atol=1e-3) and torch.allclose(
-        plain * norms[1], gaps[1], atol=1e-3
-    ), "Guidance is uncond + w (cond - uncond): w = 1 is none. `Guided(real_score, uncond, guidance_scale)` does it."
+    right = pull(dmd_loss, the_video(), lambda x_t, t, cond: teacher(x_t, t, exaggerated), fake, guidance_scale=1.0)
+    assert torch.allclose(guided, right, atol=1e-4, rtol=1e-3), (
+        "Guidance is uncond + w (cond - uncond): w = 1 is none. `Guided(real_score, uncond, guidance_scale)` does it."
+    )
 
 
 def test_nothing_else_gets_a_gradient(dmd_loss):
@@ -147,7 +142,8 @@ def test_the_gap_is_what_the_guesses_say(gaussian_gap):
         right = (guesses[0] - guesses[1]).flatten()
         assert torch.allclose(gap[i].expand(5), right, atol=1e-4), (
             f"At mean {mean[i]:g} and t = {t[i]:.1f} the guesses of the exact scores differ by {right[0]:.3f}, yours "
-            f"by {gap[i]:.3f}. A guess is E[x0 | x_t], mean + (1 - t) / v (x_t - (1 - t) mean): where is the (1 - t)?"
+            f"by {gap[i]:.3f}. A guess is E[x0 | x_t] = mean + (1 - t) / v (x_t - (1 - t) mean); the gap is the "
+            "student's minus the teacher's."
         )
 
 
@@ -291,7 +287,7 @@ def test_it_brings_points_to_their_shares(weighted_dmd_loss):
     found = judge(points, TARGET)
     assert found["on_target"] > 0.85, (
         f"{found['on_target']:.0%} of the points end near one of the four means; it should be nearly all. The low "
-        "noise levels, which know the details, count too little."
+        "noise levels, which know the details, count too little, or all of them too much."
     )
     assert found["share_error"] < 0.12, (
         f"The shares of the four means are off by {found['share_error']:.2f}. Only the high noise levels see from one "
