@@ -12,7 +12,7 @@ def dmd_loss(
 
     real_score, fake_score: score(x_t, t, cond) -> flow. t: [B], by default scheduler.sample_times(B, rng); noise: like
     video, by default randn_like(video, rng). mask: bool [B, F], the frames that count, None for all.
-    observe(t=, score_distance=[B], normaliser=[B]), if given, is called once.
+    observe(t=, score_distance=[B], normaliser=[B]), if given, is called once; the distance is mean |x0_fake - x0_real|.
     """
     todo("make a loss whose gradient is the normalised difference of two guesses.")
 
