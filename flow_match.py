@@ -48,7 +48,7 @@ class FlowMatchScheduler:
         return [self.warp(step / 1000) for step in check_denoising_steps(denoising_steps)]
 
     def sample_times(self, batch: int, rng: Rng = None, *, low=0.0, high=1.0, minimum=0.02, maximum=0.98) -> Tensor:
-        """Times [B] at which scores are compared: uniform in [low, high], warped, then clamped (DMD2)."""
+        """Times [B] at which scores are compared: uniform in [low, high], warped, then clamped (DMD, below eq. 8)."""
         u = low + (high - low) * rand((batch, 1), rng)[:, 0]
         return self.warp(u).clamp(minimum, maximum)
 

@@ -48,9 +48,9 @@ def randint(high: int, shape: Sequence[int], rng: Rng = None, *, device=None) ->
 
 def _draw(kind, shape, rng, device, dtype):
     if rng is None:
-        return kind(*shape, device=device, dtype=dtype)
+        return kind(shape, device=device, dtype=dtype)
     if isinstance(rng, torch.Generator):
-        return kind(*shape, generator=rng, device=rng.device, dtype=dtype).to(device)
+        return kind(shape, generator=rng, device=rng.device, dtype=dtype).to(device)
     if len(rng) != shape[0]:
         raise ValueError(f"rng holds {len(rng)} generators for a batch of {shape[0]}; pass one per sample.")
-    return torch.stack([kind(*shape[1:], generator=g, device=g.device, dtype=dtype) for g in rng]).to(device)
+    return torch.stack([kind(shape[1:], generator=g, device=g.device, dtype=dtype) for g in rng]).to(device)

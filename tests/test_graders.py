@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from tutorial.grading import LESSONS, NotDone, grade, graders, lesson_name, lesson_names
+from tutorial.grading import LESSONS, NotDone, grade, graders, judge, lesson_name, lesson_names
 from tutorial.lesson import exercise_text
 
 ALL = [(lesson, exercise) for lesson in lesson_names().values() for exercise in graders(lesson)]
@@ -94,6 +94,22 @@ def test_the_readme_has_the_exercise_with_hints(lesson, exercise):
     assert "minutes)" in heading or "an evening)" in heading, heading
     assert text.count("<details>") == text.count("</details>") >= 2
     assert len(text) > 200
+
+
+def test_a_students_own_assertion_is_not_the_graders():
+    """It is told as what it is, with its place; a grader's complaint is told by itself."""
+
+    def kind_grader(exercise):
+        assert exercise() == 3, "Three is the idea."
+
+    def wrong():
+        return 2
+
+    assert judge(kind_grader, wrong).message == "Three is the idea."
+    namespace = {}
+    exec(compile("def careful():\n    assert 1 > 2, 'my own check'\n", "exercises.py", "exec"), namespace)
+    said = judge(kind_grader, namespace["careful"]).message
+    assert said == "Your code stopped with AssertionError: my own check (exercises.py, line 2)."
 
 
 def test_an_unknown_lesson_is_one_sentence():

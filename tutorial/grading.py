@@ -80,10 +80,12 @@ def judge(grader: Callable, answer: Callable) -> Verdict:
     name = grader.__name__.removeprefix("test_").replace("_", " ")
     try:
         grader(answer)
-    except (AssertionError, NotDone) as complaint:
-        return Verdict(name, str(complaint).split("\nassert ")[0] or "This does not hold.")
+    except NotDone as stub:
+        return Verdict(name, str(stub))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, AssertionError) and place.filename == grader.__code__.co_filename:
+            return Verdict(name, str(error).split("\nassert ")[0] or "This does not hold.")
         where = f"{Path(place.filename).name}, line {place.lineno}"
         return Verdict(name, f"Your code stopped with {type(error).__name__}: {error} ({where}).")
     return Verdict(name)
