@@ -121,3 +121,11 @@ def test_every_expected_picture_is_there_and_described(path):
         assert picture.is_file(), target
         if "expected" in picture.parts:
             assert f'"{picture.stem}"' in code, f"nothing shows {picture.stem}"
+
+
+@lessons
+def test_no_picture_is_kept_that_nobody_expects(path):
+    """What lies in expected/ is in the text of the notebook."""
+    text = path.read_text()
+    kept = (REPOSITORY / "tutorial" / f"lesson_{path.stem}" / "expected").glob("*.png")
+    assert not [picture.name for picture in kept if f"expected/{picture.name}" not in text]

@@ -5,7 +5,7 @@ A notebook begins with `lesson = Lesson(8)`. Then it has:
     lesson.source(dmd_loss)                          # the code itself, by inclusion, and where it stands
     lesson.exercise("dmd_loss")                      # what to do, with hints that open one by one
     lesson.check("dmd_loss")                         # grade exercises.py as it is on disk now
-    lesson.show(figure, "two_worlds")                # a picture; SF_KEEP=1 keeps it as the one to expect
+    lesson.show(figure, "two_worlds")                # a picture; SF_KEEP=1 keeps one to expect
     lesson.turn(draw, t=(0.0, 1.0))                  # what draw(t=...) returns, with a slider
     lesson.play(videos, "name")                      # clips in motion
     lesson.animate(figures, "name")                  # figures one after the other, in motion
@@ -74,11 +74,13 @@ class Lesson:
         print(report(name, grade(self.name, name, answer or getattr(self.exercises, name))))
 
     def show(self, figure, name: str) -> None:
-        """Show a figure. With SF_KEEP=1 it becomes the picture that the lesson says to expect."""
+        """Show a figure. With SF_KEEP=1 it becomes the picture that the notebook says to expect, if it does."""
         if os.environ.get("SF_KEEP") == "1" and not self.fast:
             kept = self.folder / "expected" / f"{name}.png"
-            kept.parent.mkdir(exist_ok=True)
-            figure.savefig(kept, dpi=100)
+            notebook = REPOSITORY / "notebooks" / f"{self.name.removeprefix('lesson_')}.ipynb"
+            if f"expected/{kept.name}" in notebook.read_text():
+                kept.parent.mkdir(exist_ok=True)
+                figure.savefig(kept, dpi=100)
         display(figure)
 
     def turn(self, draw: Callable, **sliders) -> None:
