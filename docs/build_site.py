@@ -9,6 +9,7 @@ repository, with what GitHub and Jupyter do for a reader done beforehand: notebo
 """
 
 import argparse
+import base64
 import json
 import os
 import re
@@ -78,15 +79,27 @@ def write_notebook(path: Path) -> None:
         executed = nbformat.read(EXECUTED / path.name, 4)
         if [cell.source for cell in executed.cells] == [cell.source for cell in book.cells]:
             book = executed
-    prefix = f"{path.stem}_files"
-    text, extras = MarkdownExporter().from_notebook_node(book, {"output_files_dir": prefix, "unique_key": "picture"})
-    for name, data in extras["outputs"].items():
-        target = PAGES / path.parent / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
+    pictures_to_files(book, path)
+    text, _ = MarkdownExporter().from_notebook_node(book)
     where = f"*This page is [`{path}`]({path.name}) as it stands; open it with `make lab` to change things.*"
     title, _, rest = text.strip().partition("\n")
     write_page(path.with_suffix(".md"), f"{title}\n\n{where}\n{rest}\n")
+
+
+def pictures_to_files(book, page: Path) -> None:
+    """Every picture of an output becomes a file beside the page, and the output a link to it, with the words for those
+    who cannot see it."""
+    for i, cell in enumerate(book.cells):
+        for j, output in enumerate(cell.get("outputs", ())):
+            for kind in ("image/gif", "image/png"):
+                if kind not in output.get("data", {}):
+                    continue
+                name = f"{page.stem}_files/picture_{i}_{j}.{kind.removeprefix('image/')}"
+                target = PAGES / page.parent / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(base64.b64decode(output.data[kind]))
+                words = output.metadata.get(kind, {}).get("alt") or "an output of the cell above"
+                output.data = {"text/markdown": f"![{re.sub(r'[][]', '', words)}]({name})"}
 
 
 def write_page(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """The site, and the ways to the course that are not run here."""
 
+import base64
 import json
 import re
 import subprocess
@@ -7,12 +8,15 @@ import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "docs"))  # a script, no part of the package
 
 import build_site  # noqa: E402
+
+PIXEL = base64.b64encode(b"not looked at").decode()
 
 
 @pytest.fixture
@@ -56,6 +60,23 @@ def test_a_notebook_shows_the_outputs_of_its_last_run(pages, tmp_path, monkeypat
         page = (pages / "notebooks/05_kv_cache.md").read_text()
         assert ("seen in the last run" in page) == shown
         assert page.startswith("# Lesson 5: the KV cache\n") and "05_kv_cache.ipynb.md" in page
+
+
+def test_pictures_of_a_notebook_have_words(pages):
+    """PNG and GIF become files, shown with the description that they came with."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
+    words = {"image/png": {"alt": "Drift; frame; [left]"}}
+    book.cells[0].outputs = [
+        nbformat.v4.new_output("display_data", {"image/png": PIXEL, "text/plain": "Figure"}, metadata=words),
+        nbformat.v4.new_output("display_data", {"image/gif": PIXEL, "text/plain": "Image"}),
+    ]
+    build_site.pictures_to_files(book, Path("notebooks/05_kv_cache.ipynb"))
+    shown = [output.data["text/markdown"] for output in book.cells[0].outputs]
+    assert shown == [
+        "![Drift; frame; left](05_kv_cache_files/picture_0_0.png)",
+        "![an output of the cell above](05_kv_cache_files/picture_0_1.gif)",
+    ]
+    assert (pages / "notebooks/05_kv_cache_files/picture_0_1.gif").read_bytes() == base64.b64decode(PIXEL)
 
 
 @pytest.mark.slow

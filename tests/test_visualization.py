@@ -400,3 +400,12 @@ def test_figures_become_a_film(tmp_path):
     assert iio.immeta(path, index=0)["duration"] == 500
     with pytest.raises(ValueError, match="no figures to animate"):
         viz.animate([], tmp_path / "none.gif")
+
+
+def test_a_figure_says_its_words():
+    """Title, labels and legend once each and no numbers, cut at a word; what a screen reader gets."""
+    figure = viz.plot_lines({"kept": [1, 2], "anew": [2, 3]}, "frame", "error, pixels", "Two caches")
+    assert set(style.words_in(figure).split("; ")) == {"Two caches", "frame", "error, pixels", "kept", "anew"}
+    assert not set("$\\{") & set(style.words_in(viz.create_algorithm_diagram(), most=9999))
+    short = style.words_in(viz.create_algorithm_diagram(), most=60)
+    assert len(short) <= 60 and short.startswith("Self-Forcing: train as you infer;") and short.endswith("\u2026")

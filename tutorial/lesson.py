@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tutorial.grading import LESSONS, answers, grade, lesson_name, report
 from visualization import animate, save_video_grid
+from visualization.style import words_in
 
 REPOSITORY = LESSONS.parent
 
@@ -81,7 +82,7 @@ class Lesson:
             if f"expected/{kept.name}" in notebook.read_text():
                 kept.parent.mkdir(exist_ok=True)
                 figure.savefig(kept, dpi=100)
-        display(figure)
+        display(figure, metadata={"image/png": {"alt": words_in(figure)}})
 
     def turn(self, draw: Callable, **sliders) -> None:
         """Show what draw(**values) returns, anew whenever somebody moves one of its sliders, which are those of
@@ -89,19 +90,22 @@ class Lesson:
         widget = interactive(draw, **sliders)
         if self.fast:
             values = dict(zip(sliders, (one.value for one in widget.kwargs_widgets), strict=True))
-            display(draw(**values))
+            if (shown := draw(**values)) is not None:  # a draw that shows by itself returns nothing
+                display(shown)
         else:
             display(widget)
 
     def play(self, videos: Tensor, name: str, labels: Sequence[str] | None = None, columns=None, **options) -> None:
         """Show clips [B, F, C, H, W] as a looping GIF, side by side."""
         path = save_video_grid(videos, self.outputs / f"{name}.gif", columns=columns, labels=labels, **options)
-        display(Image(filename=str(path)))
+        shown = [labels] if isinstance(labels, str) else labels or [name]
+        display(Image(filename=str(path), alt=f"Videos in motion: {', '.join(shown)}"))
 
     def animate(self, figures, name: str, **options) -> None:
         """Show figures one after the other, as a looping GIF."""
+        figures = list(figures)
         path = animate(figures, self.outputs / f"{name}.gif", **options)
-        display(Image(filename=str(path)))
+        display(Image(filename=str(path), alt=f"In motion: {words_in(figures[0])}"))
 
     def expect(self, what: str, value: float, low: float, high: float) -> None:
         """Print a number next to the range in which it was seen to lie. Outside of SF_FAST, raises ValueError where it

@@ -5,6 +5,7 @@ styles and markers differ too), so that every picture survives a grey printer. P
 measured in inches, y downwards, so that text has the room that it needs at any size.
 """
 
+import re
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +14,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.text import Text
 from matplotlib.textpath import TextPath
 
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
@@ -117,6 +119,16 @@ def finish(fig, save_path=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(path, dpi=DPI)
     return fig
+
+
+def words_in(figure, most=300):
+    """What is written in a figure, for those who cannot see it: titles, labels and legend, without the numbers."""
+    figure.draw_without_rendering()  # a legend and the labels of axes are made when they are drawn
+    shown = (text.get_text().strip() for text in figure.findobj(Text) if text.get_visible())
+    plain = (re.sub(r"\\mathrm|\\;|[$\\{}]", "", text) for text in shown)  # formulas without their TeX
+    words = dict.fromkeys(" ".join(text.split()) for text in plain if any(map(str.isalpha, text)))
+    joined = "; ".join(words)
+    return joined if len(joined) <= most else joined[: most - 1].rsplit(" ", 1)[0] + "\u2026"
 
 
 def text_width(text, size=BODY, weight="normal"):
