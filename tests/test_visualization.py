@@ -409,3 +409,10 @@ def test_a_figure_says_its_words():
     assert not set("$\\{") & set(style.words_in(viz.create_algorithm_diagram(), most=9999))
     short = style.words_in(viz.create_algorithm_diagram(), most=60)
     assert len(short) <= 60 and short.startswith("Self-Forcing: train as you infer;") and short.endswith("\u2026")
+
+
+def test_signs_of_a_run_have_a_fitting_scale():
+    """Powers of ten where there are some, and straight where a value is not above 0, which a log scale would hide."""
+    log = {"error": [0.1, 30.0], "ink": [0.11, 0.12], "signed": [-0.3, 20.0]}
+    figure = viz.plot_sick_runs({"healthy": (FILM, log)})
+    assert [ax.get_yscale() for ax in figure.axes[1:]] == ["log", "linear", "linear"]

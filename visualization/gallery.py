@@ -25,7 +25,7 @@ def plot_sick_runs(runs, save_path=None, every=1, title=None):
         for ax, sign in zip(row[1:], signs, strict=True):
             draw_log(ax, healthy[sign], {"color": FAINT, "linewidth": 3})
             draw_log(ax, log[sign], {"color": LINES[0][0], "linewidth": 1.5})
-            ax.set(title=sign.replace("_", " "), xlabel="step")
+            ax.set(title=sign.replace("_", " "), xlabel="step", yscale=scale(healthy[sign], log[sign]))
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if title:
         fig.suptitle(title, size=TITLE, weight="bold", x=0.02, ha="left")
@@ -43,7 +43,12 @@ def draw_stills(ax, clips, label, every):
     ax.set(title=f"{label}: frames 0, {every}, {2 * every} ...", xticks=[], yticks=[])
 
 
+def scale(*logs) -> str:
+    """Logarithmic for what is positive and spans a power of ten."""
+    values = [value for log in logs for value in log if value is not None]
+    return "log" if min(values, default=0) > 0 and max(values) > 10 * min(values) else "linear"
+
+
 def draw_log(ax, values, style):
-    ax.set_yscale("log")
     steps = [i + 1 for i, value in enumerate(values) if value is not None]
     ax.plot(steps, [value for value in values if value is not None], **style)
