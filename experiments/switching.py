@@ -42,14 +42,14 @@ def switched_videos(
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
     config = loaded.sampling.rollout
     noise, rng = draw_noise(sample_keys(prompts, seed), num_frames, loaded.frame_shape)
-    old, new = loaded.encoder([BEFORE[new](prompt) for prompt in prompts]), loaded.encoder(prompts)
+    first, then = loaded.encoder([BEFORE[new](prompt) for prompt in prompts]), loaded.encoder(prompts)
     model = (loaded.model, loaded.scheduler)
-    before, memory = run_to_end(rollout(*model, noise[:, :at], old, config, rng=rng))
+    before, memory = run_to_end(rollout(*model, noise[:, :at], first, config, rng=rng))
     if cache == "anew":
-        memory = recache(*model, before[:, list(memory.frames)], new, config, memory, rng=rng)
+        memory = recache(*model, before[:, list(memory.frames)], then, config, memory, rng=rng)
     elif cache == "emptied":
         memory = config.empty_cache()
-    after, _ = run_to_end(rollout(*model, noise[:, at:], new, config, rng=rng, cache=memory))
+    after, _ = run_to_end(rollout(*model, noise[:, at:], then, config, rng=rng, cache=memory))
     return torch.cat([before, after], dim=1)
 
 

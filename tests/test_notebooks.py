@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from test_imports import SOURCES
 
+from tutorial import lesson as tutorial_lesson
 from tutorial.grading import lesson_names
+from visualization import plot_lines
 
 REPOSITORY = Path(__file__).parent.parent
 LESSONS = [REPOSITORY / "notebooks" / f"{name.removeprefix('lesson_')}.ipynb" for name in lesson_names().values()]
@@ -129,3 +131,37 @@ def test_no_picture_is_kept_that_nobody_expects(path):
     text = path.read_text()
     kept = (REPOSITORY / "tutorial" / f"lesson_{path.stem}" / "expected").glob("*.png")
     assert not [picture.name for picture in kept if f"expected/{picture.name}" not in text]
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """A lesson outside of a notebook, and what it displays."""
+    monkeypatch.chdir(REPOSITORY)  # where a lesson goes
+    monkeypatch.delenv("SF_FAST", raising=False)
+    seen = []
+    monkeypatch.setattr(tutorial_lesson, "display", lambda thing, metadata=None: seen.append((thing, metadata)))
+    return tutorial_lesson.Lesson(5), seen
+
+
+def test_a_picture_is_shown_with_its_words(shown, tmp_path, monkeypatch):
+    """For who cannot see it; SF_KEEP writes it where the notebook expects one of that name, and nowhere else."""
+    lesson, seen = shown
+    monkeypatch.setattr(lesson, "folder", tmp_path)
+    monkeypatch.setenv("SF_KEEP", "1")
+    figure = plot_lines({"kept": [1, 2]}, "frame", "pixels", "Two caches")
+    for name in ("cost", "nobody_expects_this"):
+        lesson.show(figure, name)
+    assert set(seen[0][1]["image/png"]["alt"].split("; ")) == {"Two caches", "frame", "pixels", "kept"}
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["cost.png"]
+    monkeypatch.setattr(lesson, "outputs", tmp_path)
+    lesson.animate(iter([figure, figure]), "moves")
+    assert seen[-1][0].alt.startswith("In motion: ") and (tmp_path / "moves.gif").exists()
+
+
+def test_a_slider_that_shows_by_itself_shows_once(shown, monkeypatch):
+    """Without anybody to move it: what draw returns is displayed, and nothing for a draw that displays by itself."""
+    lesson, seen = shown
+    monkeypatch.setattr(lesson, "fast", True)
+    lesson.turn(lambda t: f"at {t}", t=(0, 4))
+    lesson.turn(lambda t: None, t=(0, 4))
+    assert [thing for thing, _ in seen] == ["at 2"]

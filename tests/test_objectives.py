@@ -283,12 +283,16 @@ def weights(tmp_path_factory):
     return make_weights(tmp_path_factory.mktemp("weights"))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+TURNING = "sf_dmd objective.student_video=tutorial.lesson_15_arrow_keys.solutions.turning_rollout"
+TURNING += " training.gradient_frames=6 training.min_num_frames=6"  # clips of 6 to 12 frames, most of which turn
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, pytest.param(TURNING, id="a student's own rollout")])
 def test_every_objective_trains_and_resumes(objective, weights, tmp_path, monkeypatch):
     """Through the one train.py: both networks move, and a run that was stopped ends as one that was not."""
     monkeypatch.setattr(train, "film_strip", lambda *_, **__: None)
     more = [
-        f"objective={objective}",
+        *f"objective={objective}".split(),
         "training.max_num_frames=12",
         "training.num_steps=3",
         "training.checkpoint_every=1",

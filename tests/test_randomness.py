@@ -74,6 +74,13 @@ def test_one_generator_and_none():
         assert torch.equal(randn((2, 3)), expected)
 
 
+def test_a_sample_may_be_a_single_number():
+    """Shapes of one axis, each sample's number from its own stream, and the one that a longer draw begins with."""
+    many = randn((3, 2), generators(0, "noise", samples=range(3)))
+    assert torch.equal(randn((3,), generators(0, "noise", samples=range(3))), many[:, 0])
+    assert rand((2,), generator(0)).shape == randint(4, (2,), None).shape == (2,)
+
+
 def test_drawing_leaves_the_global_state_alone():
     """Keyed draws neither read nor advance torch's global generator."""
     before = torch.get_rng_state()

@@ -272,6 +272,20 @@ def test_the_page_says_what_the_records_say(laboratory):
     assert (laboratory / "docs" / "results" / "tiny.png").stat().st_size > 10_000
 
 
+def test_runs_without_a_record_are_named(laboratory, monkeypatch, capsys):
+    """Counted per experiment, with the command that makes them; nothing is said where none is missing."""
+    plan = load_plan("tiny")
+    monkeypatch.setattr("sys.argv", ["results"])
+    for seed in plan.seeds:
+        fake_record(Run("tiny", "own", seed), plan, 0.9)
+    results.main()
+    assert capsys.readouterr().out == "Runs without a record: 3 of tiny; `make results MISSING=1` does them.\n"
+    for seed in plan.seeds:
+        fake_record(Run("tiny", "data", seed), plan, 0.8)
+    results.main()
+    assert capsys.readouterr().out == ""
+
+
 def test_what_counts_as_a_difference():
     """More than two pooled standard deviations, and three seeds."""
     near, far = np.array([0.70, 0.72, 0.74]), np.array([0.80, 0.82, 0.84])

@@ -52,6 +52,7 @@ MOMENTS = [
     viz.Moment(range(3, 6), (0, 1, 2), 1, 0, 1.0, noisy=FILM[0, 3:6], guess=FILM[1, 3:6]),
     viz.Moment(range(3, 6), (0, 1, 2), 1, guess=FILM[1, 3:6], after=(0, 4, 5)),
 ]
+UNEVEN = [viz.Moment(range(f, f + 1), tuple(range(f)), guess=FILM[1, f : f + 1], after=(f,)) for f in range(14)]
 LOG = {"critic_error": [0.2, None, 0.1], "score_distance": [1e-3, 10.0, 0.5]}
 PICTURES = {
     "film": lambda path=None: viz.film_strip(
@@ -76,6 +77,7 @@ PICTURES = {
     "sick": lambda path=None: viz.plot_sick_runs({"healthy": (FILM, LOG), "sick": (FILM, LOG)}, path, 3, "Sick runs"),
     "diagram": lambda path=None: viz.create_algorithm_diagram(path),
     "denoising call": lambda path=None: style.finish(list(viz.draw_moments(MOMENTS))[2], path),
+    "uneven blocks": lambda path=None: style.finish(list(viz.draw_moments(UNEVEN))[-1], path),
     "memory pass": lambda path=None: style.finish(list(viz.draw_moments(MOMENTS))[3], path),
 }
 

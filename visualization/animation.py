@@ -9,10 +9,10 @@ rolls out says what happened (tutorial/moments.py does, with the real `rollout`)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 
 from visualization.frames import to_clips
@@ -36,13 +36,14 @@ from visualization.style import (
     styled,
     write,
 )
+from visualization.video_files import write_frames, write_gif
 
 LEFT, TOP, ROW = 1.25, 0.95, 0.88  # inches: labels, the row of the video, from row to row
 STRIP, GAP = 7.2, 0.05  # the strip of all frames, and between two of them
 MASK, SIDE = 9.15, 2.3  # the mask's corner and size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moment:
     """One call of the network in a rollout.
 
@@ -162,17 +163,15 @@ def draw_seen(ax, moment, moments, num_frames):
 
 def animate(figures, path, fps: float = 1.5, dpi: int = 80) -> Path:
     """Write Figures of one size as a looping GIF; returns the path. Raises ValueError for none."""
-    moments = [picture_of(figure, dpi) for figure in figures]
+    moments = [as_drawn(figure, dpi) for figure in figures]
     if not moments:
         raise ValueError("no figures to animate")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first, *rest = [moment.quantize(64, dither=Image.Dither.NONE) for moment in moments]
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=True)
-    return path
+    return write_frames(moments, path, fps, writers={".gif": write_gif})
 
 
-def picture_of(figure, dpi) -> Image.Image:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return Image.open(buffer).convert("RGB")
+def as_drawn(figure, dpi):
+    """The page as uint8 [H, W, 3]."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]

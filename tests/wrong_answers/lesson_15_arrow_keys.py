@@ -1,7 +1,5 @@
 """Lesson 15: wrong and right answers."""
 
-from functools import partial
-
 import torch
 
 from dynamic_video_sf import draw_exit, draw_length, generate, prefill, rollout, training_rollout
@@ -48,24 +46,20 @@ def too_late(live, digit, presses):
         yield block
 
 
-def forgets(live, digit, presses):
-    told = None
-    for keys in presses:
-        direction = solutions.direction_of(keys)
-        if direction and direction != told:
-            live.change(prompt=f"a {digit} moving {direction}", cache="emptied")
-            told = direction
-        yield next(live)
+def with_the_past(treatment):
+    """Steers rightly, but for what it does about the cache."""
 
+    def steer(live, digit, presses):
+        told = None
+        for keys in presses:
+            direction = solutions.direction_of(keys)
+            if direction and direction != told:
+                live.change(prompt=f"a {digit} moving {direction}", cache=treatment)
+                told = direction
+            yield next(live)
 
-def reads_anew(live, digit, presses):
-    told = None
-    for keys in presses:
-        direction = solutions.direction_of(keys)
-        if direction and direction != told:
-            live.change(prompt=f"a {digit} moving {direction}", cache="anew")
-            told = direction
-        yield next(live)
+    steer.__name__ = f"past_{treatment}"
+    return steer
 
 
 def at_every_block(live, digit, presses):
@@ -231,12 +225,34 @@ def exit_before_length(generator, scheduler, noise, cond, config, *, data=None, 
     return the_rest(generator, scheduler, rest, cond, config.rollout, exit_step, rng, cache), exit_step
 
 
-def by_hand(generator, scheduler, noise, cond, config, *, data=None, rng=None, shared_rng=None):
-    """The loop written out, one iterator for both halves."""
+class TwoPrompts:
+    """A generator that is told something else before a frame than after it."""
+
+    def __init__(self, generator, turn, told):
+        self.generator, self.turn, self.told = generator, turn, told
+
+    def told_at(self, cond, cache):
+        return self.told if cache.next_frame < self.turn else cond
+
+    def __call__(self, x_t, t, cond, cache):
+        return self.generator(x_t, t, self.told_at(cond, cache), cache)
+
+    def remember(self, x, t, cond, cache):
+        return self.generator.remember(x, t, self.told_at(cond, cache), cache)
+
+
+def in_one_rollout(generator, scheduler, noise, cond, config, *, data=None, rng=None, shared_rng=None):
+    """One rollout, whose blocks before the turn take all steps, have no gradient, and are told something else."""
     num_frames, turn, exit_step = drawn(config, shared_rng)
-    cache = the_past(generator, scheduler, noise[:, :turn], cond, config.rollout, rng)
-    rest = partial(the_rest, generator, scheduler, noise[:, turn:num_frames], cond, config.rollout)
-    return rest(exit_step, rng, cache), exit_step
+    size, last = config.rollout.frames_per_block, len(config.rollout.denoising_steps) - 1
+    exits = [exit_step if start >= turn else last for start in range(0, num_frames, size)]
+    told = TwoPrompts(generator, turn, solutions.turned(cond, rng))
+    blocks = rollout(told, scheduler, noise[:, :num_frames], cond, config.rollout, exit_step=exits, rng=rng)
+    video = []
+    for start in range(0, num_frames, size):
+        with torch.set_grad_enabled(start >= turn):
+            video.append(next(blocks))
+    return torch.cat(video, dim=1)[:, turn:], exit_step
 
 
 def room(centroid, at, headings, world):
@@ -286,7 +302,14 @@ def one_by_one(centroid, at, headings, world):
 
 WRONG = {
     "direction_of": [in_any_order, columns_first, never_cancels, empty_word, first_key_alone],
-    "steer": [too_late, forgets, reads_anew, at_every_block, forgets_what_it_told, all_at_once],
+    "steer": [
+        too_late,
+        with_the_past("emptied"),
+        with_the_past("anew"),
+        at_every_block,
+        forgets_what_it_told,
+        all_at_once,
+    ],
     "turned": [
         in_place,
         without_the_place,
@@ -311,6 +334,6 @@ RIGHT = {
     "direction_of": by_vectors,
     "steer": with_a_comparison,
     "turned": by_encoding,
-    "turning_rollout": by_hand,
+    "turning_rollout": in_one_rollout,
     "obeyed": one_by_one,
 }

@@ -26,7 +26,7 @@ def test_two_neighbours_are_a_diagonal(direction_of):
     for row, column in (("up", "left"), ("up", "right"), ("down", "left"), ("down", "right")):
         got = direction_of({column, row})
         assert got == f"{row}-{column}", (
-            f"{row} and {column} together mean {row}-{column!s}, yours says {got!r}: the row comes first, in whatever "
+            f"{row} and {column} together mean {row}-{column}, yours says {got!r}: the row comes first, in whatever "
             "order a set has them."
         )
 
