@@ -169,7 +169,7 @@ def makes_all_blocks_first(generator, scheduler, noise, cond, config, **options)
 def own_step(generator, real_score, fake_score, scheduler, noise, cond, uncond, config, *, loss=dmd_loss,
              student_video=core.training_rollout, data=None, rng=None, shared_rng=None, observe=None,
              critic_first=False, detached=True, ahead=False, always_fresh=False, one_time=False,
-             scale=None):  # fmt: skip
+             scale=None, guided=True, seeded=True):  # fmt: skip
     """A right one, and with a switch turned a wrong one."""
 
     def roll(noise):
@@ -184,7 +184,7 @@ def own_step(generator, real_score, fake_score, scheduler, noise, cond, uncond, 
         return score_times(scheduler, config, exit_step, len(noise), rng)
 
     critic = fake_score
-    if config.fake_guidance_scale is not None:
+    if config.fake_guidance_scale is not None and guided:
         critic = core.Guided(fake_score, uncond, config.fake_guidance_scale)
     video, exit_step = roll(noise)
     first_time = when(exit_step)
@@ -202,7 +202,7 @@ def own_step(generator, real_score, fake_score, scheduler, noise, cond, uncond, 
     for i in range(config.critic_steps):
         if config.fresh_rollouts or always_fresh:
             with torch.no_grad():
-                video, exit_step = later[i] if ahead else roll(randn_like(noise, rng))
+                video, exit_step = later[i] if ahead else roll(randn_like(noise, rng if seeded else None))
         t = first_time if one_time else when(exit_step)
         x0 = video.detach() if detached else video
         yield "critic", flow_matching_loss(fake_score, scheduler, x0, cond, t=t, rng=rng, observe=tell("critic"))
@@ -232,6 +232,14 @@ def one_noise_level(*args, **options):
 
 def forgets_guidance(*args, **options):
     return own_step(*args, scale=1.0, **options)
+
+
+def never_guides_the_critic(*args, **options):
+    return own_step(*args, guided=False, **options)
+
+
+def fresh_noise_from_torchs_state(*args, **options):
+    return own_step(*args, seeded=False, **options)
 
 
 def own_training_rollout(generator, scheduler, noise, cond, config, *, data=None, rng=None, shared_rng=None,
@@ -299,6 +307,8 @@ WRONG = {
         always_rolls_anew,
         one_noise_level,
         forgets_guidance,
+        never_guides_the_critic,
+        fresh_noise_from_torchs_state,
     ],
     "training_rollout": [
         gradient_everywhere,

@@ -374,6 +374,37 @@ def test_loss_and_observer_are_passed_on(self_forcing_step):
     assert heard.count("critic") == 3, "observe(network, **values) hears what flow_matching_loss says of the critic."
 
 
+def test_the_generators_loss_may_guide_the_critic(self_forcing_step):
+    for scale, wanted in ((None, [{"c": 1}]), (2.0, [{"c": 1}, {"c": 0}])):
+        losses, (_, _, critic) = algorithm(self_forcing_step, fake_guidance_scale=scale)
+        next(losses)
+        asked = [call["cond"] for call in critic.calls]
+        assert len(asked) == len(wanted) and all(cond in asked for cond in wanted), (
+            f"With fake_guidance_scale={scale} the generator's loss should ask the critic under {wanted}, yours asked "
+            f"under {asked}: give the loss Guided(fake_score, uncond, config.fake_guidance_scale), or the bare critic "
+            "where that is None."
+        )
+        before = len(critic.calls)
+        list(losses)
+        trained = [call["cond"] for call in critic.calls[before:]]
+        assert trained == [{"c": 1}] * 3, (
+            f"The critic itself is trained under the prompt alone, three times here; yours was asked under {trained}."
+        )
+
+
+def test_all_noise_of_a_step_comes_from_rng(self_forcing_step):
+    def values(seed):
+        torch.manual_seed(seed)
+        return [float(loss.detach()) for _, loss in algorithm(self_forcing_step)[0]]
+
+    first, again = values(0), values(1)
+    for i, (a, b) in enumerate(zip(first, again, strict=True)):
+        assert a == b, (
+            f"Loss {i} changes with torch's global state: draw times, the noise of fresh rollouts (randn_like(noise, "
+            "rng)) and that of the losses from the rng that you are given, or a resumed run goes another way."
+        )
+
+
 def long_config(**settings):
     lengths = {"gradient_frames": 4, "min_num_frames": 4, "max_num_frames": 8}
     return SelfForcingConfig(RolloutConfig(frames_per_block=2), **(lengths | settings))
