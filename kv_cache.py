@@ -27,8 +27,8 @@ class KVCache:
 
     Keeps the first `sink_frames` and, besides them, the `window_frames` most recent frames (None: all of them). The
     block being made is extra: it is never in the cache while it attends to it. With sink_follows, the model sees the
-    sink as if it stood right before the window: no two frames are ever further apart than in a short video. What it
-    holds is detached, unless keeps_gradient.
+    sink as if it stood right before the window, or before the block where there is no window: no two frames are ever
+    further apart than in a short video. What it holds is detached, unless keeps_gradient.
     """
 
     sink_frames: int = 0
@@ -45,10 +45,10 @@ class KVCache:
 
     @property
     def gap(self) -> int:
-        """How many frames the sink has to move up to follow the window."""
-        if not self.sink_follows or not self.sink_frames or len(self.frames) <= self.sink_frames:
+        """How many frames the sink has to move up to stand right before what comes after it."""
+        if not self.sink_follows or not self.sink_frames or not self.frames:
             return 0
-        return self.frames[self.sink_frames] - self.sink_frames
+        return max(0, (*self.frames, self.next_frame)[min(self.sink_frames, len(self.frames))] - self.sink_frames)
 
     def extend(self, layers: Sequence[KeysValues], num_frames: int) -> "KVCache":
         """A new cache with `num_frames` more frames, and without what fell out of the window.

@@ -101,11 +101,11 @@ def test_remembers(start, sink, window, seen):
         (3, 3, (3, 3, 3, 3), [0, 0, 3, 6]),
         (3, None, (3, 3, 3), [0, 0, 0]),  # nothing is forgotten, so nothing is far
         (0, 2, (2, 2, 2), [0, 0, 0]),
-        (2, 0, (2, 2, 2), [0, 0, 0]),  # no window that it could follow
+        (2, 0, (2, 2, 2), [0, 2, 4]),  # no window: right before the block
     ],
 )
 def test_the_gap_is_how_far_the_sink_moves_up(sink, window, sizes, gaps):
-    """From its own place to right before the window, and only with sink_follows."""
+    """From its own place to right before the window, or the block, and only with sink_follows."""
     for follows in (True, False):
         cache, seen = KVCache(sink, window, follows), []
         for size in sizes:

@@ -242,11 +242,8 @@ def test_resized_caches_are_consistent(sink, window, expected):
     keys, values = smaller.layers[0]
     assert keys.flatten().tolist() == [2 * frame + i for frame in smaller.frames for i in (0, 1)]
     assert torch.equal(keys, -values)
-    assert smaller.gap == (
-        smaller.frames[smaller.sink_frames] - smaller.sink_frames
-        if 0 < smaller.sink_frames < len(smaller.frames)
-        else 0
-    )
+    after = (*smaller.frames, smaller.next_frame)[smaller.sink_frames]
+    assert smaller.gap == (after - smaller.sink_frames if smaller.sink_frames else 0)
 
 
 def test_a_sink_may_grow_while_its_frames_are_still_to_come():

@@ -567,6 +567,22 @@ def test_a_cache_under_another_prompt(model):
         recache(model, SCHEDULER, video, prompt(), config, cache)
 
 
+def test_frames_far_down_the_video_are_read_anew_as_in_a_short_one(model):
+    """A sink that follows does so for the first block after it too, before any window is there: what is read anew is
+    the same however late it is, and is not where the sink stays behind."""
+    past = start(6).tanh()
+
+    def values(late, follows=True):
+        config = RolloutConfig(frames_per_block=2, sink_frames=2, window_frames=4, sink_follows=follows)
+        frames = (0, 1, *range(late + 2, late + 6))
+        held = replace(config.empty_cache(), frames=frames, next_frame=late + 6)
+        return [v for _, v in recache(model, SCHEDULER, past, prompt(), config, held).layers]
+
+    for near, far in zip(values(0), values(100), strict=True):
+        torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
+    assert (values(0, False)[-1] - values(100, False)[-1]).abs().max() > 1e-3
+
+
 # ------------------------------------------------------------------------------------------------------------- UniPC
 
 
