@@ -35,11 +35,11 @@ format: setup ## mend style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# EVALUATE=1 ONLY=main_table/sf_dmd measures a row's shipped weights again, RETRAIN=1 ONLY=... trains it anew first,
-# MISSING=1 runs, for hours, what no record was committed of.
+# EVALUATE=1 ONLY=main_table/sf_dmd measures a row's shipped weights again, RETRAIN=1 ONLY=... trains it anew first (seed 0,
+# or SEEDS="1 2"; interrupted, it goes on), MISSING=1 runs, for hours, what no record was committed of.
 results: setup ## redraw RESULTS.md from the records of all experiments
 	@$(if $(MISSING),$(BIN)/python -m experiments.run)
-	@$(if $(RETRAIN),$(BIN)/python -m experiments.run $(subst /, --only ,$(ONLY)) --again)
+	@$(if $(RETRAIN),$(BIN)/python -m experiments.run $(subst /, --only ,$(ONLY)) --seeds $(or $(SEEDS),0) --again)
 	@$(if $(EVALUATE),$(BIN)/python -m experiments.results --evaluate --only $(ONLY),$(BIN)/python -m experiments.results)
 
 bench: setup ## measure speed and memory, as ratios to this machine's own peak

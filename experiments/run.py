@@ -4,9 +4,9 @@
     python -m experiments.run                    # what is missing of all experiments
 
 An experiment is experiments/NAME.yaml. Its rows are overrides for train.py, on top of what they have in common, or name
-shipped weights that are only measured. A run trains in logs/experiments/NAME/ROW/seed_K, where it can be interrupted
-and goes on, and leaves experiments/records/NAME/ROW_K.json; what has a record of these very settings is not run again.
-A worker has one thread.
+shipped weights, or "real" held-out clips, that are only measured: their seeds are of noise alone. A run trains in
+logs/experiments/NAME/ROW/seed_K, where it can be interrupted and goes on, and leaves a record,
+experiments/records/NAME/ROW_K.json; what has one of these very settings is not run again. A worker has one thread.
 """
 
 import argparse
@@ -25,13 +25,21 @@ from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from checkpoint import atomic, load_weights, save_weights
 from experiments.ship import fingerprint
+from moving_mnist import WorldConfig
+from run_folder import Evaluations, machine
 
 HERE = Path(__file__).parent
 NOISE_SEED = 1000  # plus the training seed: no video of an experiment shares its noise with another
+REAL = "real"  # the row of clips that nobody made: the ceiling of every metric
+LEARNS_BY = ("model", "world", "training", "scheduler", "generator", "real_score", "fake_score", "data", "objective")
+WITHOUT_EFFECT = [f"training.{x}" for x in ("output_dir", "device", "checkpoint_every", "sample_every", "num_previews")]
 SIGNS = ("critic_flow_error_t0.50", "score_distance", "generator_grad_norm", "sample_ink")  # kept of a run's log
 
 
@@ -51,32 +59,67 @@ class Run:
     def record(self) -> Path:
         return HERE / "records" / self.experiment / f"{self.row}_{self.seed}.json"
 
-    def checkpoint(self, plan) -> str | None:
-        """Which shipped weights this row is, if it is only measured."""
+    def given(self, plan) -> str | None:
+        """Which shipped weights this row is, or REAL, if it is only measured."""
         row = plan.rows[self.row]
         return row if isinstance(row, str) else None
 
     def overrides(self, plan) -> list[str]:
-        if self.checkpoint(plan):
+        if self.given(plan):
             return []
         own = [f"training.seed={self.seed}", f"training.output_dir={self.folder}"]
         return [*plan.common, *plan.rows[self.row], *own]
 
+    def evaluation(self, plan) -> dict[str, dict]:
+        """In which ways this row is sampled: name -> options of `measure_one`."""
+        ways = OmegaConf.to_container(plan.evaluation)
+        return {way: options for way, options in ways.items() if self.row in options.pop("rows", [self.row])}
+
+    def prepare(self, plan) -> list[str]:
+        """The commands that make what this row begins with."""
+        return list(plan.get("prepare", {}).get(self.row, []))
+
     def is_done(self, plan) -> bool:
-        """Whether there is a record of these settings and of the weights that ship now."""
-        evaluation = OmegaConf.to_container(plan.evaluation)
-        wanted = {"overrides": self.overrides(plan), "weights": self.weights(plan), "evaluation": evaluation}
-        return self.record.exists() and wanted.items() <= json.loads(self.record.read_text()).items()
+        """Whether there is a record of these settings and of the weights that ship now. An option that did not exist
+        when the record was made was at its default."""
+        if not self.record.exists():
+            return False
+        then = json.loads(self.record.read_text())
+        wanted = {name: getattr(self, name)(plan) for name in ("weights", "evaluation", "prepare")}
+        now = settings(tuple(self.overrides(plan)))
+        return wanted.items() <= then.items() and all(now[key] == then["settings"].get(key, now[key]) for key in now)
 
     def weights(self, plan) -> dict[str, str]:
         """Fingerprints of the shipped weights that this row starts from, or is."""
-        own = self.checkpoint(plan)
-        return {name: shipped(name) for name in ([own] if own else ["checkpoints/teacher", "checkpoints/init"])}
+        own = self.given(plan)
+        named = ["checkpoints/teacher", "checkpoints/init"] if own is None else [own] if own != REAL else []
+        return {name: shipped(name) for name in named}
 
 
 @lru_cache
 def shipped(name: str) -> str:
     return fingerprint(f"{name}.safetensors")
+
+
+@lru_cache
+def settings(overrides: tuple[str, ...]) -> dict:
+    """Every option that train.py gets with them and that matters to what it learns: {"training.lr": 0.001, ...}."""
+    from settings import load_config
+
+    if not overrides:
+        return {}
+    config = OmegaConf.to_container(load_config(overrides), resolve=True)
+    options = flat({group: config[group] for group in LEARNS_BY})
+    # what a network or data set is told of sizes is in model and world already
+    return {name: x for name, x in options.items() if name not in WITHOUT_EFFECT and ".config." not in name}
+
+
+def flat(options: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    found = {}
+    for name, x in options.items():
+        found |= flat(x, f"{prefix}{name}.") if isinstance(x, dict) else {prefix + name: x}
+    return found
 
 
 def experiments() -> list[str]:
@@ -102,21 +145,18 @@ def all_runs(experiment: str, plan, rows=(), seeds=()) -> list[Run]:
 
 def execute(run: Run, plan) -> None:
     """Train, measure and write the record of one run, in this process."""
-    import torch
-
-    from checkpoint import atomic
-    from run_folder import machine
-
     torch.set_num_threads(1)
-    given = run.checkpoint(plan)
-    checkpoint = Path(f"{given}.safetensors") if given else trained(run, plan)
+    given = run.given(plan)
+    checkpoint = trained(run, plan) if given is None else REAL if given == REAL else Path(f"{given}.safetensors")
     record = {
         "overrides": run.overrides(plan),
+        "settings": settings(tuple(run.overrides(plan))),
+        "prepare": run.prepare(plan),
         "weights": run.weights(plan),
         **({} if given else costs(run)),
         "machine": machine(),
         "noise_seed": NOISE_SEED + run.seed,
-        "evaluation": OmegaConf.to_container(plan.evaluation),
+        "evaluation": run.evaluation(plan),
         **measure(checkpoint, plan, run),
     }
     with atomic(run.record) as temporary:
@@ -131,7 +171,7 @@ def trained(run: Run, plan) -> Path:
     from train import fit_once
     from train import main as train
 
-    for command in plan.get("prepare", {}).get(run.row, []):
+    for command in run.prepare(plan):
         script, *arguments = shlex.split(command)
         if script == "train.py":
             fit_once(load_config(arguments))
@@ -146,24 +186,22 @@ def costs(run: Run) -> dict:
         log = list(csv.DictReader(file))
     return {
         "steps": int(log[-1]["step"]),
-        "seconds": round(len(log) * undisturbed(log), 1),
+        "seconds": round(undisturbed(log), 1),
         "evaluations": sum(float(row["evaluations"]) for row in log),
         "log": {sign: [round(float(row[sign]), 5) if row.get(sign) else None for row in log] for sign in SIGNS},
     }
 
 
 def undisturbed(log: list[dict]) -> float:
-    """Seconds of a step while nothing else wanted the processor: nine in ten took longer."""
-    ends = [0.0, *(float(row["seconds"]) for row in log)]
-    return sorted(end - begin for begin, end in pairwise(ends))[len(log) // 10]
+    """Seconds of a run if nothing else had wanted the processor. Steps differ in what they ask of the networks, so what
+    counts is the time of one evaluation: nine in ten steps took longer for it."""
+    ends, asked = [0.0, *(float(row["seconds"]) for row in log)], [float(row["evaluations"]) for row in log]
+    each = sorted((end - begin) / n for (begin, end), n in zip(pairwise(ends), asked, strict=True))
+    return each[len(log) // 10] * sum(asked)
 
 
 def ship_row(checkpoint: Path, run: Run) -> None:
     """The row's weights in bfloat16, with what has to be known of them to measure them again."""
-    import torch
-
-    from checkpoint import load_weights, save_weights
-
     loaded = load_weights(checkpoint)
     record = {"config": loaded.config, "record": run.record.name}
     save_weights(
@@ -171,45 +209,63 @@ def ship_row(checkpoint: Path, run: Run) -> None:
     )
 
 
-def measure(checkpoint: Path, plan, run: Run) -> dict[str, dict]:
+def measure(checkpoint: Path | str, plan, run: Run) -> dict[str, dict]:
     """ "curves": every metric over the frame index, for each of the plan's ways to sample this row, and "sampling":
     what a frame costs in it; where the plan asks for stills, "stills" too: frames of the first videos."""
     found = {"curves": {}, "sampling": {}}
-    for way, options in plan.evaluation.items():
-        options = dict(options)
-        if run.row in options.pop("rows", plan.rows):
-            found["curves"][way], videos, found["sampling"][way] = measure_one(checkpoint, run.seed, **options)
-            if "stills" in plan:
-                found.setdefault("stills", pack(videos[: plan.stills.num_videos, :: plan.stills.every]))
+    for way, options in run.evaluation(plan).items():
+        found["curves"][way], videos, found["sampling"][way] = measure_one(checkpoint, run.seed, **options)
+        if "stills" in plan:
+            found.setdefault("stills", pack(videos[: plan.stills.num_videos, :: plan.stills.every]))
     return found
 
 
-def measure_one(
-    checkpoint, seed, *, num_videos: int, num_frames: int, num_steps: int = 0, rollout=None, switch=None,
-    from_frame: int = 0, **options,
-):  # fmt: skip
+def measure_one(checkpoint, seed, *, num_videos: int, num_frames: int, from_frame: int = 0, num_digits=1, **options):
     """Metrics of videos of all prompts, the videos, and what one of their frames cost: network evaluations and seconds
-    of the processor. num_steps: of an ODE, instead of the student's few. rollout: what to change of the RolloutConfig.
-    switch: see switching.py, instead of sample_videos. from_frame: where the metrics begin."""
+    of the processor. from_frame: where the metrics begin. num_digits: of REAL videos. Other options are those of
+    `sampler_of`."""
     import metrics
+
+    if checkpoint == REAL:
+        world = WorldConfig(num_digits=num_digits, canvas=metrics.CANVAS[num_digits])
+        held_out = replace(world, split="validation", num_frames=num_frames)
+        make_videos = partial(metrics.real_videos, world=held_out)
+        evaluations = Evaluations([])
+    else:
+        loaded, make = sampler_of(checkpoint, **options)
+        world, make_videos = loaded.world, partial(make, loaded, num_frames=num_frames)
+        evaluations = Evaluations([loaded.model])
+    prompts, begin = metrics.uniform_prompts(num_videos, world.num_digits), time.process_time()
+    videos = make_videos(prompts=prompts, seed=NOISE_SEED + seed)
+    seconds, frames = time.process_time() - begin, num_videos * num_frames
+    curves = metrics.examiner(world)(videos[:, from_frame:], prompts)
+    curves = {name: [round(x, 4) for x in curve] for name, curve in curves.items()}
+    return curves, videos, {"evaluations": evaluations.take() / frames, "seconds": round(seconds / frames, 5)}
+
+
+def sampler_of(checkpoint, *, num_steps: int = 0, rollout=None, switch=None, weights="ema", network=None, **options):
+    """A checkpoint's model and the function that makes its videos. num_steps: of an ODE, instead of the student's few.
+    rollout: what to change of the RolloutConfig. switch: see switching.py, instead of sample_videos. weights: "raw" for
+    those of the last step. network: the class to sample with, by default the one that was trained, with its fault if it
+    has one."""
     from experiments.switching import switched_videos
     from generate import load_model, sample_videos
     from ode_pairs import grid
-    from run_folder import Evaluations
 
     if num_steps:
         options |= {"denoising_steps": grid(num_steps), "fresh_noise": 0.0}
-    loaded = load_model(checkpoint)
-    prompts = metrics.uniform_prompts(num_videos, loaded.world.num_digits)
+    loaded = load_model(checkpoint, weights)
+    model = get_class(network or trained_class(checkpoint))(loaded.model.config)
+    model.load_state_dict(loaded.model.state_dict())
     sampling = replace(loaded.sampling, rollout=replace(loaded.sampling.rollout, **(rollout or {})))
-    loaded = replace(loaded, sampling=sampling)
-    make_videos = partial(switched_videos, **switch) if switch else partial(sample_videos, **options)
-    evaluations, begin = Evaluations([loaded.model]), time.process_time()
-    videos = make_videos(loaded, prompts, num_frames, seed=NOISE_SEED + seed)
-    seconds, frames = time.process_time() - begin, num_videos * num_frames
-    curves = metrics.examiner(loaded.world)(videos[:, from_frame:], prompts)
-    curves = {name: [round(x, 4) for x in curve] for name, curve in curves.items()}
-    return curves, videos, {"evaluations": evaluations.take() / frames, "seconds": round(seconds / frames, 5)}
+    loaded = replace(loaded, model=model.eval().requires_grad_(False), sampling=sampling)
+    return loaded, partial(switched_videos, **switch) if switch else partial(sample_videos, **options)
+
+
+def trained_class(checkpoint) -> str:
+    """Of experiments/sick.py, or the plain one."""
+    named = load_weights(checkpoint).config.get("generator", {}).get("_target_", "")
+    return named if named.startswith("experiments.sick.") else "tiny_causal_wan.TinyCausalWanModel"
 
 
 def pack(videos) -> dict:
@@ -222,8 +278,6 @@ def pack(videos) -> dict:
 
 def unpack(packed: dict):
     """What `pack` was given, in [-1, 1]."""
-    import torch
-
     pixels = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(packed["zlib"]))), dtype=torch.uint8)
     return pixels.view(packed["shape"]) / 127.5 - 1
 
@@ -239,8 +293,20 @@ def finished(run: Run) -> bool:
     return config.read_text() == OmegaConf.to_yaml(load_config(run.overrides(plan)), resolve=True)
 
 
-def forget(runs: list[Run], plan) -> None:
-    """What has a record is to be trained anew: without its record, and its finished folder moved aside."""
+def begin_again(runs: list[Run]) -> Path:
+    """Forget runs, to train them anew: once, so that after an interruption the same call goes on. Returns the note of
+    what was begun, which is to be deleted in the end."""
+    note = Path("logs/experiments") / runs[0].experiment / "again.json"
+    names = [str(run.folder) for run in runs]
+    if not note.exists() or json.loads(note.read_text()) != names:
+        forget(runs)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(names))
+    return note
+
+
+def forget(runs: list[Run]) -> None:
+    """Records are deleted, and finished folders moved aside."""
     for run in runs:
         if run.record.exists():
             run.record.unlink()
@@ -268,12 +334,28 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time; 0: one, in here")
     parser.add_argument("--again", action="store_true", help="train anew what has a record")
     args = parser.parse_args()
-    for experiment in [args.experiment] if args.experiment else experiments():
+    for experiment, rows in wanted(args.experiment, args.only).items():
         plan = load_plan(experiment)
-        runs = all_runs(experiment, plan, args.only, args.seeds)
-        if args.again:
-            forget(runs, plan)
+        runs = all_runs(experiment, plan, rows, args.seeds)
+        note = begin_again(runs) if args.again else None
         run_all([run for run in runs if not run.is_done(plan)], plan, args.workers)
+        if note:
+            note.unlink()
+
+
+def wanted(experiment: str | None, rows: list[str]) -> dict[str, list[str]]:
+    """Experiment -> rows, none for all of them. A row that an experiment shows beside its own is run at home."""
+    found = {}
+    for name in [experiment] if experiment else experiments():
+        for home, row in [home_of(name, row) for row in rows] or [(name, None)]:
+            found.setdefault(home, []).extend([row] if row else [])
+    return found
+
+
+def home_of(experiment: str, row: str) -> tuple[str, str]:
+    """The experiment that runs a row, and its name there."""
+    beside = load_plan(experiment).get("beside", {})
+    return home_of(*beside[row].split("/")) if row in beside else (experiment, row)
 
 
 def run_all(missing: list[Run], plan, workers: int) -> None:

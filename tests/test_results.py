@@ -60,8 +60,60 @@ def test_a_run_leaves_a_record_once(laboratory, monkeypatch):
     assert one.is_done(plan) and not Run("tiny", "own", 0).is_done(plan)
     other = OmegaConf.merge(plan, {"evaluation": {"four steps": {"num_videos": 8}}})
     assert not one.is_done(other)
+    assert one.is_done(OmegaConf.merge(plan, {"evaluation": {"third": {"num_videos": 8, "rows": ["data"]}}}))
+    assert not one.is_done(OmegaConf.merge(plan, {"prepare": {"own": ["ode_pairs.py --num_pairs 8"]}}))
     monkeypatch.setattr(run, "shipped", lambda name: "b")
     assert not one.is_done(plan)
+
+
+def test_a_record_is_of_the_settings_and_not_of_the_command_line(laboratory):
+    """Another default is another run; an option that came later is not, nor are those that change nothing learnt."""
+    plan, one = load_plan("tiny"), Run("tiny", "own", 0)
+    fake_record(one, plan, 0.5)
+    record = json.loads(one.record.read_text())
+    kept = record["settings"]
+    assert kept["training.seed"] == 0 and kept["objective.loss"] == "dynamic_video_sf.dmd_loss"
+    assert not {"training.output_dir", "training.device"} & set(kept)
+    for name, value, done in (("training.lr", 0.5, False), ("training.gone", 1, True), ("model.dim", 32, False)):
+        one.record.write_text(json.dumps(record | {"settings": kept | {name: value}}))
+        assert one.is_done(plan) == done
+    later = {name: x for name, x in kept.items() if name != "training.exit_rule"}
+    one.record.write_text(json.dumps(record | {"settings": later}))
+    assert one.is_done(plan)
+    assert one.is_done(OmegaConf.merge(plan, {"common": [*plan.common, "training.sample_every=7"]}))
+    assert not one.is_done(OmegaConf.merge(plan, {"common": [*plan.common, "training.critic_lr=0.5"]}))
+
+
+def test_real_clips_are_a_row(laboratory):
+    """Held-out ones, with nothing to train, nothing asked of a network, and all that can be reached in the metrics."""
+    plan = OmegaConf.merge(load_plan("tiny"), {"rows": {"real": "real"}})
+    one = Run("tiny", "real", 2)
+    execute(one, plan)
+    record = json.loads(one.record.read_text())
+    assert record["weights"] == {} and record["settings"] == {} and list(record["curves"]) == ["four steps"]
+    assert record["sampling"]["four steps"]["evaluations"] == 0 and "seconds" not in record
+    curves = record["curves"]["four steps"]
+    assert np.mean(curves["digit_accuracy"]) > 0.9 and np.nanmax(curves["motion_error"]) < 0.1
+    assert one.is_done(plan)
+    (found,) = results.load_records("tiny", OmegaConf.merge(plan, {"seeds": [2]})).values()
+    records = {"real": found * 3, "again": found * 3}
+    assert results.trained(records) == {} and "3 of noise" in results.brief(records)
+    assert results.differences(records).startswith("No two rows were trained with three seeds")
+
+
+def test_a_network_is_measured_with_the_fault_that_it_was_trained_with(laboratory):
+    """Unless the plan says which class is to sample; raw weights are not the averaged ones."""
+    options = {"num_videos": 2, "num_frames": 6}
+    stale = "generator._target_=experiments.sick.StaleCache"
+    plan = OmegaConf.merge(load_plan("tiny"), {"rows": {"stale": [stale, "training.num_steps=3"]}})
+    checkpoint = run.trained(Run("tiny", "stale", 0), plan)
+    as_trained, right, raw = (
+        measure_one(checkpoint, 0, **options, **more)[1]
+        for more in ({}, {"network": "tiny_causal_wan.TinyCausalWanModel"}, {"weights": "raw"})
+    )
+    assert torch.equal(as_trained[:, :3], right[:, :3])  # the first block remembers nothing
+    assert not torch.equal(as_trained[:, 3:], right[:, 3:])
+    assert not torch.equal(as_trained, raw)
 
 
 def test_measuring_does_not_train_again(laboratory, monkeypatch):
@@ -86,7 +138,7 @@ def test_a_checkpoint_is_only_measured(laboratory, monkeypatch):
     few = plan.evaluation["four steps"]
     ways = {"four steps": few, "twice": few, "no past": {**few, "rollout": {"window_frames": 0}}}
     rows = {"student": str(laboratory / "student")}
-    plan = OmegaConf.create({"rows": rows, "common": [], "evaluation": ways})
+    plan = OmegaConf.create({"rows": rows, "evaluation": ways})
     import train
 
     monkeypatch.setattr(train, "main", lambda overrides: pytest.fail("trained"))
@@ -212,13 +264,26 @@ def test_training_again_begins_anew_and_then_goes_on(laboratory):
     """--again forgets the record and moves the finished run aside, once: what it began is then resumed."""
     plan, one = load_plan("tiny"), Run("tiny", "own", 0)
     execute(one, plan)
-    run.forget([one, Run("tiny", "data", 0)], plan)
+    both = [one, Run("tiny", "data", 0)]
+    note = run.begin_again(both)
     assert not one.record.exists() and not one.folder.exists()
     assert (one.folder.with_name("seed_0.1") / "checkpoint_final.pt").exists()
+    execute(one, plan)  # and killed before the other: the same call keeps what is done
+    assert run.begin_again(both) == note and one.is_done(plan)
+    note.unlink()
+    run.begin_again([one])
+    assert not one.record.exists()
     one.folder.mkdir()
     (one.folder / "begun").touch()
-    run.forget([one], plan)
+    run.forget([one])
     assert (one.folder / "begun").exists()
+
+
+def test_a_row_shown_beside_is_run_at_home(laboratory):
+    """Under its own name there, whatever the other experiment calls it."""
+    (laboratory / "other.yaml").write_text(OmegaConf.to_yaml({"rows": {"mine": []}, "beside": {"base": "tiny/own"}}))
+    assert run.wanted("other", ["base", "mine"]) == {"tiny": ["own"], "other": ["mine"]}
+    assert run.wanted("other", []) == {"other": []} and set(run.wanted(None, [])) == {"tiny", "other"}
 
 
 def test_seeds_come_before_rows_and_mistakes_are_named(laboratory):
@@ -236,7 +301,8 @@ def fake_record(one, plan, accuracy):
     short = {"many": {name: curve[:24] for name, curve in curves.items()}} if one.row == "own" else {}
     record = {
         "overrides": one.overrides(plan), "weights": one.weights(plan), "seconds": 60, "evaluations": 1234.0,
-        "evaluation": OmegaConf.to_container(plan.evaluation), "machine": {"processor": "abacus"},
+        "settings": run.settings(tuple(one.overrides(plan))), "prepare": [],
+        "evaluation": one.evaluation(plan), "machine": {"processor": "abacus"},
         "curves": {"four steps": curves} | short,
         "sampling": dict.fromkeys(("four steps", *short), {"evaluations": 4.75, "seconds": 0.0123}),
     }  # fmt: skip
@@ -265,10 +331,11 @@ def test_the_page_says_what_the_records_say(laboratory):
     assert brief["own"][:2] == ["3", "0.92 ± 0.02"] and brief["data"][1] == "0.72 ± 0.02"
     assert brief["own, many"][1] == ""  # too short for the span that is compared
     assert brief["own"][-4:] == ["1,234", "1", "4.8", "12.3"]
-    assert accuracy["digit accuracy"] == ["0-T", "T-2T", "3T-4T", "7T-8T"]
-    assert accuracy["own, many"] == ["0.92 ± 0.02", "0.92 ± 0.02", "", ""]
-    assert "In digit accuracy over 3T-4T: own before data by 0.20." in page
-    assert "In frechet distance over 3T-4T: data before own by 0.2." in page  # less of it is better
+    assert accuracy["digit accuracy"] == ["first block", "0-T", "T-2T", "3T-4T", "7T-8T"]
+    assert accuracy["own, many"] == ["0.92 ± 0.02"] * 3 + ["", ""]
+    assert "In digit accuracy over 3T-4T own is before data by 0.20." in page
+    assert "In Frechet distance over 3T-4T data is before own by 0.2." in page  # less of it is better
+    assert "from the first block to 3T-4T no two rows differ by that measure." in page
     assert (laboratory / "docs" / "results" / "tiny.png").stat().st_size > 10_000
 
 
@@ -307,7 +374,7 @@ def test_shipped_weights_are_held_against_their_record(laboratory, capsys):
     record = json.loads(one.record.read_text())
     record["curves"]["four steps"]["ink"] = [x + 0.2 for x in record["curves"]["four steps"]["ink"]]
     one.record.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="tiny/own left its range in ink 0-T"):
+    with pytest.raises(ValueError, match="tiny/own left its range in ink first block, ink 0-T"):
         results.evaluate_again("tiny/own")
     with pytest.raises(ValueError, match="tiny/data ships no weights, or has no record"):
         results.evaluate_again("tiny/data")
