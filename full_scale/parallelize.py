@@ -77,20 +77,22 @@ class FullySharded:
         self.group = dist.new_group(backend="gloo")  # not the writer's, whose thread sends messages of its own
 
     def place(self, model: nn.Module, *, trained: bool) -> nn.Module:
-        """The same model, every layer of it and what is left sharded; what is trained becomes float32 on the way.
+        """The same model, every layer of it and what is left sharded. What is trained becomes float32 on the way; what
+        is frozen the dtype that it computes in, for float32 would take twice the memory and say the same.
 
         In the order that PyTorch documents: sequence, recomputation, compilation, sharding, from the layers up. Layers
         are wrapped at their forward, so that no parameter changes its name.
         """
         if self.neighbours and isinstance(model, TinyCausalWanModel):
             share_sequence(model, self.neighbours)
+        dtype = torch.float32 if trained else self.sharding["mp_policy"].param_dtype
         for layer in layers(model):
             if trained and self.checkpoint_activations:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
             if self.compile:
                 layer.forward = torch.compile(layer.forward)
-            fully_shard(layer.float() if trained else layer, **self.sharding)
-        fully_shard(model.float() if trained else model, **self.sharding)
+            fully_shard(layer.to(dtype), **self.sharding)
+        fully_shard(model.to(dtype), **self.sharding)
         for method in METHODS:
             if hasattr(model, method):
                 register_fsdp_forward_method(model, method)
