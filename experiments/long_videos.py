@@ -1,4 +1,4 @@
-"""Ten videos of the shipped student, eight times as long as its training clips: python -m experiments.long_videos
+"""Ten videos of the shipped student, eight times as long as its teacher's clips: python -m experiments.long_videos
 
 Writes docs/long_videos.png: one prompt per digit, every sixth frame.
 """

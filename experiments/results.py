@@ -216,7 +216,7 @@ def curves_figure(experiment: str, plan, records: Records) -> str:
 
 def sick_figure(experiment: str, plan, records: Records) -> str:
     """What the first seed of every row makes, and what its log shows, beside the first row's."""
-    seen = {row: (unpack(own[0]["stills"]), own[0]["log"]) for row, own in records.items()}
+    seen = {row: (unpack(own[0]["stills"]), own[0]["log"]) for row, own in records.items() if row in plan.rows}
     path = FIGURES / f"{experiment}.png"
     plot_sick_runs(seen, path, plan.stills.every, plan.title)
     return f"![{plan.title}: videos, and signs in the log]({path})"
