@@ -1,6 +1,7 @@
 """Who trains: one process, alone. full_scale/parallelize.py has the same methods for many, and train.py sees no other
 difference between a laptop and a cluster."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,10 +57,14 @@ class OneProcess:
         """Wait until what is being written is on disk."""
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str = "auto", option: str = "training.device=") -> torch.device:
+    """The device of that name; "auto" takes a GPU if there is one. Of several GPUs, where the name has no number, the
+    one that is this process's among those that torchrun started. Raises ValueError, which names the option."""
     found = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     if name == "auto":
-        name = "cuda" if "cuda" in found else "cpu"
-    if name.split(":")[0] not in found:
-        raise ValueError(f"training.device={name} is not to be had on this machine; use {' or '.join(found)}.")
-    return torch.device(name)
+        name = found[0]
+    try:
+        return torch.zeros((), device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
+    except (RuntimeError, AssertionError) as error:
+        message = f"{option}{name} is not to be had on this machine; use {' or '.join(found)}."
+        raise ValueError(message) from error

@@ -149,15 +149,17 @@ class FullySharded:
 
 def join(device: str) -> torch.device:
     """Become one of the processes that torchrun started; without it, a group of one. The device that is this one's."""
-    kind = pick_device(device).type
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    if ":" in device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"training.device={device} is one for all processes: leave the number away.")
+    found = pick_device(device)
+    kind = found.type
     if kind == "cuda":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(found)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **alone)
         atexit.register(leave)
-    return torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    return found
 
 
 def leave() -> None:
