@@ -60,7 +60,7 @@ notebooks: setup ## run every notebook, shortened, with the solutions filled in
 	$(NBMAKE) outputs/notebooks
 
 notebooks-ci: setup ## run those that cover the others' code
-	@mkdir -p outputs/notebooks && cp notebooks/*.ipynb outputs/notebooks
+	@mkdir -p outputs/notebooks && cp $(NOTEBOOKS_CI:%=notebooks/%.ipynb) outputs/notebooks
 	$(NBMAKE) $(NOTEBOOKS_CI:%=outputs/notebooks/%.ipynb)
 
 site: setup ## build the course as a site in build/site, with the outputs of `make notebooks` where there are any

@@ -48,8 +48,8 @@ def load_records(experiment: str, plan) -> Records:
     for run, name in runs.items():
         if run.is_done(plan if run.experiment == experiment else load_plan(run.experiment)):
             record = json.loads(run.record.read_text())
-            for way, curves in record["curves"].items():
-                one_way = {"curves": curves, "sampling": record["sampling"][way]}
+            for way in record["curves"]:
+                one_way = {part: record.get(part, {}).get(way) for part in ("curves", "sampling", "stills")}
                 found.setdefault(name if way == FEW else f"{name}, {way}", []).append(record | one_way)
     return {name: found[name] for name in sorted(found, key=lambda name: (", " in name, list(found).index(name)))}
 
@@ -215,10 +215,15 @@ def curves_figure(experiment: str, plan, records: Records) -> str:
 
 
 def sick_figure(experiment: str, plan, records: Records) -> str:
-    """What the first seed of every row makes, and what its log shows, beside the first row's."""
-    seen = {row: (unpack(own[0]["stills"]), own[0]["log"]) for row, own in records.items() if row in plan.rows}
+    """What the first seed of every row makes, and what its log shows, beside the first row's: all of them for the page,
+    and each alone for those who look a symptom up."""
+    seen = {row: (unpack(own[0]["stills"]), own[0]["log"]) for row, own in records.items() if own[0]["stills"]}
     path = FIGURES / f"{experiment}.png"
     plot_sick_runs(seen, path, plan.stills.every, plan.title)
+    healthy, *others = seen
+    for row in others:
+        name = row.replace(", ", "_").replace(" ", "_")
+        plot_sick_runs({healthy: seen[healthy], row: seen[row]}, FIGURES / f"{name}.png", plan.stills.every)
     return f"![{plan.title}: videos, and signs in the log]({path})"
 
 

@@ -211,12 +211,12 @@ def ship_row(checkpoint: Path, run: Run) -> None:
 
 def measure(checkpoint: Path | str, plan, run: Run) -> dict[str, dict]:
     """ "curves": every metric over the frame index, for each of the plan's ways to sample this row, and "sampling":
-    what a frame costs in it; where the plan asks for stills, "stills" too: frames of the first videos."""
-    found = {"curves": {}, "sampling": {}}
+    what a frame costs in it; "stills": frames of the first videos, of the ways that the plan wants to show."""
+    found, stills = {"curves": {}, "sampling": {}, "stills": {}}, plan.get("stills")
     for way, options in run.evaluation(plan).items():
         found["curves"][way], videos, found["sampling"][way] = measure_one(checkpoint, run.seed, **options)
-        if "stills" in plan:
-            found.setdefault("stills", pack(videos[: plan.stills.num_videos, :: plan.stills.every]))
+        if stills and way in stills.of:
+            found["stills"][way] = pack(videos[: stills.num_videos, :: stills.every])
     return found
 
 

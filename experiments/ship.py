@@ -7,19 +7,10 @@ summaries that metrics.py measured of it.
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
-from checkpoint import load_checkpoint, load_weights, locate, save_weights
-
-
-def fingerprint(path: str | Path) -> str:
-    """A name for weights, whatever file holds them: a hash of the averaged parameters in half precision."""
-    digest = hashlib.sha256()
-    for name, x in sorted(load_weights(locate(path), "ema").state_dict.items()):
-        digest.update(name.encode() + x.half().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+from checkpoint import fingerprint, load_checkpoint, load_weights, locate, save_weights
 
 
 def earlier_runs(training: dict) -> list[dict]:

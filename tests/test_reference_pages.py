@@ -211,10 +211,14 @@ def test_columns_and_signs_of_troubleshooting_exist():
         assert code in known or any(column.startswith(code.rstrip("*")) for column in COLUMNS if "*" in code), code
 
 
-def test_six_sick_runs_are_named():
-    """Every fault that is trained on purpose is told among the symptoms."""
+def test_sick_runs_are_named_and_shown():
+    """Every fault that is trained on purpose is told among the symptoms, with what its run looks like."""
     rows = OmegaConf.to_container(load_plan("sick_runs"))["rows"]
     assert all(f"`{row}`" in page("troubleshooting") for row in rows), [*rows]
+    shown = {path: words for words, path in re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", page("troubleshooting"))}
+    drawn = [row for row in rows if (REPOSITORY / f"docs/results/{row}.png").exists()]
+    assert len(drawn) >= 5 and all(f"results/{row}.png" in shown for row in drawn), drawn
+    assert len(shown) >= 10 and all(len(words) > 60 for words in shown.values())
 
 
 NAME = r"([A-Z][\w+.-]*(?: [A-Z0-9][\w+.-]*)*)"

@@ -200,14 +200,15 @@ def test_what_a_row_needs_is_prepared_once(laboratory, monkeypatch):
 def test_stills_and_signs_of_a_run_make_a_gallery(laboratory):
     """A record holds a few frames and its log: the page shows them without videos or weights at hand."""
     plan = OmegaConf.merge(
-        load_plan("tiny"), {"stills": {"num_videos": 2, "every": 3}, "signs": {"own": "It is fine."}}
+        load_plan("tiny"),
+        {"stills": {"num_videos": 2, "every": 3, "of": ["four steps"]}, "signs": {"own": "It is fine."}},
     )
     plan.evaluation.pop("many")
     (laboratory / "tiny.yaml").write_text(OmegaConf.to_yaml(plan))
     for row in ("own", "data"):
         execute(Run("tiny", row, 0), plan)
     record = json.loads(Run("tiny", "own", 0).record.read_text())
-    videos = run.unpack(record["stills"])
+    videos = run.unpack(record["stills"]["four steps"])
     assert videos.shape == (2, 4, 1, 24, 24) and -1 <= videos.min() < videos.max() <= 1
     assert torch.equal(run.unpack(run.pack(videos)), videos)
     assert set(record["log"]) == set(run.SIGNS) and len(record["log"]["score_distance"]) == 1
@@ -303,7 +304,7 @@ def fake_record(one, plan, accuracy):
         "overrides": one.overrides(plan), "weights": one.weights(plan), "seconds": 60, "evaluations": 1234.0,
         "settings": run.settings(tuple(one.overrides(plan))), "prepare": [],
         "evaluation": one.evaluation(plan), "machine": {"processor": "abacus"},
-        "curves": {"four steps": curves} | short,
+        "curves": {"four steps": curves} | short, "stills": {},
         "sampling": dict.fromkeys(("four steps", *short), {"evaluations": 4.75, "seconds": 0.0123}),
     }  # fmt: skip
     one.record.parent.mkdir(parents=True, exist_ok=True)
