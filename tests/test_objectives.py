@@ -1,6 +1,7 @@
 """The rest of the family: pasts made of data, CausVid's single call, the GAN and its judge; one train.py for all."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from dynamic_video_sf import (
     SelfForcingConfig,
     data_past_rollout,
     gan_step,
+    generate,
     one_call_video,
     predict_x0,
+    prefill,
     rollout,
     score_times,
     slope_penalty,
@@ -27,6 +30,7 @@ from flow_match import FlowMatchScheduler
 from kv_cache import KVCache, block_sizes
 from randomness import generator, generators, randn
 
+ALL = {"sink_frames": 0, "window_frames": None}  # a cache that forgets nothing
 OBJECTIVES = ("sf_dmd", "sf_sid", "sf_gan", "tf_dmd", "df_dmd", "causvid")
 
 
@@ -113,6 +117,34 @@ def test_a_noisy_past_has_a_level_of_its_own_for_every_block(model):
     many.remember(many.data, 0.0, prompt(), KVCache())
     torch.testing.assert_close(seen[-1][1].quantile(torch.tensor([0.2, 0.5, 0.8])), u.quantile(
         torch.tensor([0.2, 0.5, 0.8])), atol=0.03, rtol=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", [{}, {"sink_frames": 1, "window_frames": 3}, {"window_frames": 3}], ids=str)
+def test_a_given_first_frame_is_a_clean_past(model, memory):
+    """Image-to-video: what is remembered of the image is what a longer clip that begins with it leaves of its first
+    frame, and every guess after it is the masked call's whose clean clip is the image and what was made since."""
+    config, image = RolloutConfig(frames_per_block=(1, 3), **memory), clip(1)
+    cache = prefill(model, SCHEDULER, image, prompt(), config)
+    assert (cache.frames, cache.next_frame) == ((0,), 1)
+    with torch.no_grad():
+        longer = prefill(model, SCHEDULER, torch.cat([image, clip(3)], dim=1), prompt(), replace(config, **ALL))
+    for own, all_four in zip(cache.layers, longer.layers, strict=True):
+        for ours, theirs in zip(own, all_four, strict=True):
+            torch.testing.assert_close(ours, theirs[:, : ours.shape[1]])
+
+    seen = {}  # denoising step -> what every block looked like there, and what it was taken for
+    video = generate(
+        model, SCHEDULER, start(6), prompt(), config, cache=cache, rng=streams()["rng"],
+        observe=lambda step, t, x_t, x0, frame: seen.setdefault((step, t), []).append((x_t, x0)),
+    )  # fmt: skip
+    whole = torch.cat([image, video], dim=1)
+    assert len(seen) == len(TIMES)
+    for (_, t), blocks in seen.items():
+        x_t, x0 = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
+        noisy = torch.cat([torch.zeros_like(image), x_t], dim=1)  # nobody looks at the image's noisy half
+        with torch.no_grad():
+            flow = model(noisy, t, prompt(), frames_per_block=(1, 3), clean=whole, **memory)[:, 1:]
+        torch.testing.assert_close(x0, x_t - t * flow, atol=1e-5, rtol=1e-5)
 
 
 def test_data_must_reach_as_far_as_the_rollout(model):
@@ -209,6 +241,94 @@ class Judge(torch.nn.Module):
 
     def forward(self, x_t, t, cond):
         return self.net(torch.stack([x_t.flatten(), t], dim=1))[:, 0]
+
+
+class Squeeze(torch.nn.Module):
+    """A student whose every frame is tanh(weight x_t), whatever came before."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.8))
+
+    def forward(self, x_t, t, cond, cache):
+        return SCHEDULER.to_flow(torch.tanh(self.weight * x_t), x_t, t)
+
+    def remember(self, x, t, cond, cache):
+        return cache.extend([], x.shape[1])
+
+
+class Bowl(torch.nn.Module):
+    """A judge: gain (1 + t) prompt |x_t|^2 / 24; curved, so that a slope in one place is not that in another."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x_t, t, cond):
+        return self.gain * (1 + t) * cond["prompt"] * x_t.square().sum(dim=(1, 2, 3, 4)) / 24
+
+
+def softplus(x):
+    return (1 + x.exp()).log()
+
+
+@pytest.mark.parametrize("relativistic", [True, False])
+@pytest.mark.parametrize("fresh_rollouts", [True, False])
+def test_a_gan_step_is_its_formula(relativistic, fresh_rollouts):
+    """Each loss, and its gradient in both networks, against the formula written out, from the same draws: the last
+    frame of two, both clips noised alike, R1 at the data and R2 at the video, nothing but the video's own way
+    differentiated."""
+    student, judge, cond = Squeeze(), Bowl(), {"prompt": 0.4}
+    weight, gain = student.weight, judge.gain
+    config = settings(
+        2, RolloutConfig((1000,), 1), gradient_frames=1, min_score_time=0.2, critic_steps=2,
+        fresh_rollouts=fresh_rollouts,
+    )  # fmt: skip
+    noise, data, r1, r2, sigma = start(2), clip(3)[:, 1:], 0.7, 0.3, 0.2
+    losses = gan_step(
+        student, None, judge, SCHEDULER, noise, cond, {"prompt": 9.0}, config, data=data, relativistic=relativistic,
+        r1_weight=r1, r2_weight=r2, sigma=sigma, **streams(),
+    )  # fmt: skip
+
+    rng = streams()["rng"]
+
+    def logits(x, t):
+        return gain * (1 + t) * 0.4 * x.square().sum(dim=(1, 2, 3, 4)) / 24
+
+    def video(noise):
+        randn((BATCH, 1, *FRAME), rng)  # drawn to remember the first frame, at a level of 0
+        return torch.tanh(weight * noise[:, 1:])
+
+    def noised(*clips):
+        t, e = SCHEDULER.sample_times(BATCH, rng, low=0.2), randn((BATCH, 1, *FRAME), rng)
+        wide = t.reshape(-1, 1, 1, 1, 1)
+        return t, *((1 - wide) * x + wide * e for x in clips)
+
+    def slope(x, t):
+        moved = x + sigma * randn(x.shape, rng)
+        return ((logits(moved, t) - logits(x, t)) / sigma).square().mean()
+
+    def agree(found, network, expected):
+        assert found[0] == network
+        torch.testing.assert_close(found[1], expected)
+        gradients = (torch.autograd.grad(loss, (weight, gain), allow_unused=True) for loss in (found[1], expected))
+        for ours, formula in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, formula)
+
+    made = video(noise)
+    t, fake, real = noised(made, data[:, 1:])
+    gap = logits(fake, t) - (logits(real, t).detach() if relativistic else 0)
+    agree(next(losses), "generator", softplus(-gap).mean())
+    for _ in range(2):
+        made = (video(randn(noise.shape, rng)) if fresh_rollouts else made).detach()
+        t, fake, real = noised(made, data[:, 1:])
+        if relativistic:
+            expected = softplus(logits(fake, t) - logits(real, t)).mean()
+        else:
+            expected = softplus(-logits(real, t)).mean() + softplus(logits(fake, t)).mean()
+        expected = expected + r1 / 2 * slope(real, t) + r2 / 2 * slope(fake, t)
+        agree(next(losses), "critic", expected)
+    assert next(losses, None) is None
 
 
 @pytest.mark.parametrize("relativistic", [True, False])
