@@ -6,6 +6,7 @@ is trained on real digits that no model of this course ever sees, one to three a
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ SPREAD = 1.0  # pixels: the width of a digit's mark on its map
 
 
 class DigitTracker(nn.Module):
-    """Frames [N, C, H, W] in [-1, 1] -> maps [N, 10, H, W], logits; knows digits of 14 pixels on any canvas."""
+    """Frames [N, C, H, W] in [-1, 1] -> maps [N, 10, H, W], logits; knows digits of one size, on any canvas."""
 
     split, dim, dilations = "classifier", 40, (1, 2, 4, 1, 2, 4, 1)
 
@@ -65,13 +66,18 @@ def track(tracker: DigitTracker, videos: Tensor) -> tuple[Tensor, Tensor]:
     return sure.unflatten(0, videos.shape[:2]), (peak + shift).unflatten(0, videos.shape[:2])
 
 
-def load_tracker(path: str | Path | None = None) -> DigitTracker:
-    """The tracker, frozen; by default the one that ships. Raises ValueError where there is none."""
+def load_tracker(path: str | Path | None = None, digit_size: int = WorldConfig.digit_size) -> DigitTracker:
+    """The tracker, frozen; by default the one that ships. Raises ValueError where there is none, and where it knows
+    digits of another size than digit_size, in pixels."""
     path = Path(path or CHECKPOINTS / "tracker.safetensors")
     if not path.exists():
         raise ValueError(f"no {path.name}: `python metrics.py --train_classifier tracker` makes it")
-    model = DigitTracker()
-    fill(model, load_weights(path).state_dict, path)
+    weights, model = load_weights(path), DigitTracker()
+    knows = weights.config.get("digit_size", WorldConfig.digit_size)
+    if knows != digit_size:
+        again = f"python metrics.py --train_classifier tracker --digit_size {digit_size}"
+        raise ValueError(f"{path.name} knows digits of {knows} pixels, not of {digit_size}: `{again}` makes another")
+    fill(model, weights.state_dict, path)
     return model.eval().requires_grad_(False)
 
 
@@ -122,18 +128,24 @@ def train_tracker(world: WorldConfig, *, num_steps: int, batch_size: int, lr: fl
         return optimise(model, loss, num_steps=num_steps, lr=lr)
 
 
-def make_tracker() -> None:
-    """Train and save it, with a .json beside it that says how it was made."""
+def make_tracker(world: WorldConfig, measure: Callable[[DigitTracker], dict[str, float]]) -> None:
+    """Train it on the digits and the canvas of a world, and save it, with a .json beside it that says how it was made
+    and what it scores: whatever `measure` says of it."""
     from run_folder import machine
 
-    world, start = WorldConfig(canvas=32), time.monotonic()
+    start = time.monotonic()
     model = train_tracker(world, **TRAINING)
+    own = {name: getattr(world, name) for name in ("num_digits", "canvas", "digit_size")}
+    words = [f"--{name} {value}" for name, value in own.items()]
     record = {
-        "command": "python metrics.py --train_classifier tracker",
+        "command": " ".join(["python metrics.py --train_classifier tracker", *words]),
         "seed": TRAINING["seed"],
         "data": {**asdict(world), "split": model.split, "sprites_per_class": 200},
-        "config": TRAINING,
+        "config": TRAINING | own,
         "seconds": round(time.monotonic() - start),
         "machine": machine(),
+        "metrics": measure(model),
     }
-    save_weights(CHECKPOINTS / "tracker.safetensors", model.state_dict(), record, dtype=torch.float32)
+    path = CHECKPOINTS / "tracker.safetensors"
+    save_weights(path, model.state_dict(), record, dtype=torch.float32)
+    print(f"{path.name}: {record['metrics']}")

@@ -7,6 +7,7 @@ command line has one of them judge everything, and the accuracy that the other s
     python metrics.py --checkpoint checkpoints/student.safetensors --seed 0 1 2 --json student.json
     python metrics.py --checkpoint real --json real.json     # the ceiling: held-out real digits
     python metrics.py --train_classifier first               # the instrument itself, 3 minutes
+    python metrics.py --train_classifier tracker             # for two digits; --canvas and --digit_size say which
 
 Where a world shows several digits at a time, a tracker (digit_tracker.py) says which are where, and `evaluate_several`
 returns those metrics that need no more.
@@ -16,6 +17,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ from moving_mnist import DIRECTIONS, Digit, MovingMNIST, WorldConfig, format_pro
 FAINT = 0.1  # darker pixels are not ink: a grey haze must not pull the centroid to the middle
 EMPTY_MASS = 3.0  # a frame with less ink than three white pixels is empty; the thinnest real digit has 13
 NUM_REFERENCE_CLIPS = 800  # real ones, from which the moments of their features come
+NUM_HELD_OUT_CLIPS = 160  # real ones, that the tracker is measured on
 CANVAS = {1: 24, 2: 32}  # of the worlds that models of this course are trained in, by the number of digits
 WINDOW = 6  # frames of a motion window: its five steps cross the default canvas once
 MAX_OFFSET = 1.0  # pixels per axis from a box's middle to its ink's: in real digits 0.3, rarely above 1
@@ -349,7 +352,7 @@ def examiner(world, frames_per_block=3, judge="first"):
     """All that can be measured in a world, as a function (videos, prompts) -> curves: where it shows one digit, by one
     of the classifiers, with the accuracy that the other sees as the `second_opinion`; else by the tracker."""
     if world.num_digits > 1:
-        tracker = load_tracker()
+        tracker = load_tracker(digit_size=world.digit_size)
         return lambda videos, prompts: evaluate_several(
             videos, prompts, world=world, tracker=tracker, frames_per_block=frames_per_block
         )
@@ -383,15 +386,47 @@ def real_videos(prompts, world, seed):
     return MovingMNIST(world, seed=seed, prompts=prompts).batch(range(len(prompts)))["video"]
 
 
+def held_out_tracking(tracker, world):
+    """What `evaluate_several` says of real clips, whose digits a tracker never saw and a model's own: means over the
+    frames of digit_accuracy and motion_error, as {split}_{metric}."""
+    prompts, found = uniform_prompts(NUM_HELD_OUT_CLIPS, world.num_digits), {}
+    for split in ("validation", "train"):
+        videos = real_videos(prompts, replace(world, split=split), seed=0)
+        curves = evaluate_several(videos, prompts, world=world, tracker=tracker)
+        found |= {f"{split}_{name}": float(np.mean(curves[name])) for name in ("digit_accuracy", "motion_error")}
+    return found
+
+
+def asked_world(args):
+    """What the command line says of the world of real clips: num_digits, canvas and digit_size, as far as given."""
+    asked = {name: getattr(args, name) for name in ("num_digits", "canvas", "digit_size")}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def real_world(args, num_digits):
+    """The world that is asked for; what is not said is as in the worlds that models of this course are trained in."""
+    asked = {"num_digits": num_digits} | asked_world(args)
+    return WorldConfig(**({"canvas": CANVAS[asked["num_digits"]]} | asked))
+
+
+def train_instrument(args):
+    """--train_classifier: one of the two classifiers, or the tracker of a world, by default one of two digits."""
+    if args.train_classifier == "tracker":
+        world = real_world(args, num_digits=2)
+        return make_tracker(world, partial(held_out_tracking, world=world))
+    if asked := asked_world(args):
+        raise ValueError(f"--{next(iter(asked))} is for the tracker: the classifiers are trained in one world")
+    make_classifier(args.train_classifier)
+
+
 def source(args):
     """What --checkpoint was trained with, world and frames per block, and a function (prompts, seed) -> videos."""
     if args.checkpoint == "real":
-        num_digits = args.num_digits or 1
-        world = WorldConfig(num_digits=num_digits, canvas=CANVAS[num_digits])
+        world = real_world(args, num_digits=1)
         held_out = replace(world, split="validation", num_frames=args.num_frames)
         return world, 3, lambda prompts, seed: real_videos(prompts, held_out, seed)
-    if args.num_digits:
-        raise ValueError("--num_digits is for --checkpoint real: a model shows as many as it was trained on")
+    if asked := asked_world(args):
+        raise ValueError(f"--{next(iter(asked))} is for --checkpoint real: a model shows the world it was trained in")
     from generate import load_model, sample_videos  # the module itself stays a leaf; only its command line looks up
 
     loaded = load_model(args.checkpoint)
@@ -415,7 +450,7 @@ def run(args):
     for name, least in (("num_videos", 1), ("num_frames", WINDOW), ("frames_per_block", 2)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    args.num_digits = world.num_digits
+    args.num_digits, args.canvas, args.digit_size = world.num_digits, world.canvas, world.digit_size
     prompts = uniform_prompts(args.num_videos, world.num_digits)
     if args.prompts:
         prompts = [args.prompts[i % len(args.prompts)] for i in range(args.num_videos)]
@@ -472,13 +507,15 @@ def main():
         "--classifier", choices=TRAINING, default="first", help="who judges; the other has a second_opinion"
     )
     parser.add_argument("--num_digits", type=int, choices=CANVAS, help="of real clips, by default 1")
+    parser.add_argument("--canvas", type=int, help="of real clips, in pixels, by default 24, and 32 for two digits")
+    parser.add_argument("--digit_size", type=int, help="of real clips, in pixels, by default 14")
     parser.add_argument(
         "--train_classifier", choices=(*TRAINING, "tracker"), help="train and save one of these instead"
     )
     args = parser.parse_args()
     try:
         if args.train_classifier:
-            return make_tracker() if args.train_classifier == "tracker" else make_classifier(args.train_classifier)
+            return train_instrument(args)
         record = run(args)
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)

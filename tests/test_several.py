@@ -1,5 +1,7 @@
 """Several digits in one frame: prompts, the tracker, and what is measured with it."""
 
+import json
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -7,11 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from digit_tracker import DigitTracker, focal_loss, scene, track
+import digit_tracker
+import metrics
+from digit_tracker import DigitTracker, focal_loss, load_tracker, scene, track
 from metrics import evaluate_several, uniform_prompts
 from moving_mnist import MovingMNIST, WorldConfig, parse_prompt
 
 WORLD = WorldConfig(num_digits=2, canvas=30, sprites_per_class=4)
+SPLITS = ("validation", "train")
 PROMPTS = uniform_prompts(40, 2)
 
 
@@ -136,3 +141,67 @@ def test_the_tracker_fits_any_canvas():
         sure, place = track(DigitTracker().eval(), torch.zeros(2, 3, 1, canvas, canvas) - 1)
         assert sure.shape == (2, 3, 10) and place.shape == (2, 3, 10, 2) and place.max() < canvas
     assert replace(WORLD, canvas=24).num_digits == 2
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """metrics.py with arguments; what it trains takes two steps and lies in tmp_path, what it measures is little."""
+    monkeypatch.setattr(digit_tracker, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(digit_tracker, "TRAINING", {"num_steps": 2, "batch_size": 4, "lr": 1e-3, "seed": 0})
+    monkeypatch.setattr(metrics, "NUM_REFERENCE_CLIPS", 4)
+    monkeypatch.setattr(metrics, "NUM_HELD_OUT_CLIPS", 8)
+
+    def run(arguments):
+        monkeypatch.setattr(sys, "argv", ["metrics.py", *arguments.split()])
+        metrics.main()
+
+    return run
+
+
+def test_a_tracker_is_measured_and_its_world_is_chosen(command, tmp_path, capsys):
+    """Weights that serve digits of the size that they were trained on and no others, and a record: in which world, by
+    which command, and what was measured of them."""
+    command("--train_classifier tracker --canvas 28 --digit_size 10")
+    record = json.loads((tmp_path / "tracker.json").read_text())
+    assert record["command"].endswith("--train_classifier tracker --num_digits 2 --canvas 28 --digit_size 10")
+    world = WorldConfig(num_digits=2, canvas=28, digit_size=10)
+    assert (record["data"]["canvas"], record["data"]["digit_size"], record["data"]["split"]) == (28, 10, "classifier")
+
+    assert record["metrics"] == metrics.held_out_tracking(load_tracker(digit_size=10), world)
+
+    command("--num_digits 2 --canvas 28 --digit_size 10 --num_videos 4 --num_frames 6")
+    with pytest.raises(SystemExit):
+        command("--num_digits 2 --num_videos 4 --num_frames 6")
+    again = "`python metrics.py --train_classifier tracker --digit_size 14` makes another"
+    assert f"tracker.safetensors knows digits of 10 pixels, not of 14: {again}" in capsys.readouterr().err
+
+
+def test_what_is_measured_of_a_perfect_tracker(monkeypatch):
+    """It is shown real clips of the split for validation and of a model's own, and finds every digit of theirs."""
+    monkeypatch.setattr(metrics, "NUM_HELD_OUT_CLIPS", 40)
+    truth = (MovingMNIST(replace(WORLD, split=split), prompts=PROMPTS).batch(range(40)) for split in SPLITS)
+
+    def oracle(frames):
+        clips = next(truth)
+        torch.testing.assert_close(frames, clips["video"].flatten(0, 1))
+        return Oracle(clips["labels"], clips["positions"] + 6.5)(frames)
+
+    found = metrics.held_out_tracking(oracle, WORLD)
+    assert found.keys() == {f"{split}_{name}" for split in SPLITS for name in ("digit_accuracy", "motion_error")}
+    assert found["validation_digit_accuracy"] == found["train_digit_accuracy"] == 1
+    assert max(found["validation_motion_error"], found["train_motion_error"]) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--train_classifier first --canvas 30", "--canvas is for the tracker: the classifiers are trained in one"),
+        ("--checkpoint x.pt --digit_size 10", "--digit_size is for --checkpoint real: a model shows the world it was"),
+        ("--train_classifier tracker --canvas 31", "canvas - digit_size = 17 is no multiple of a whole speed"),
+    ],
+)
+def test_a_world_where_none_is_chosen(command, arguments, sentence, capsys):
+    """One sentence for a canvas or a size that the classifiers and a model cannot have, or that no world has."""
+    with pytest.raises(SystemExit):
+        command(arguments)
+    assert sentence in capsys.readouterr().err
