@@ -9,6 +9,7 @@ Shipped weights (`.safetensors`) are one network, with the config in the file's 
 beside it. Half-precision weights are widened on loading: master weights are float32.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -79,6 +80,14 @@ def load_weights(path: str | Path, which: str = "ema") -> Weights:
     state = load_checkpoint(path)
     averaged = state.get("ema_state_dict") if which == "ema" else None
     return Weights(averaged or state["generator_state_dict"], state.get("config", {}), Path(path))
+
+
+def fingerprint(path: str | Path) -> str:
+    """A name for weights, whatever file holds them: a hash of the averaged parameters in half precision."""
+    digest = hashlib.sha256()
+    for name, x in sorted(load_weights(locate(path), "ema").state_dict.items()):
+        digest.update(name.encode() + x.half().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_weights(path: str | Path, state_dict: StateDict, record: Mapping, dtype=torch.float16) -> None:

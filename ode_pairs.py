@@ -5,7 +5,8 @@
     python train.py stage=init init=ode_pairs data.folder=logs/ode_pairs
 
 Pairs lie in shards of 64, `pairs_00000.safetensors`: "trajectory" [n, K + 1, F, C, H, W] in half precision and, in the
-header, prompts and settings. The same command goes on where it was interrupted.
+header, prompts, settings and the fingerprint of the teacher's weights. The same command goes on where it was
+interrupted.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from checkpoint import atomic
+from checkpoint import atomic, fingerprint
 from dynamic_video_sf import Guided, RolloutConfig, ode_trajectory
 from generate import LoadedModel, load_model
 from metrics import uniform_prompts
@@ -50,27 +51,38 @@ def make_pairs(loaded: LoadedModel, prompts, samples, num_steps, guidance_scale,
 
 
 def write_pairs(args) -> None:
-    """Every shard that is not there yet. Raises ValueError for a folder with pairs of other settings."""
+    """Every shard that is not there yet. Raises ValueError for a folder with pairs of other weights or settings."""
     if args.num_pairs < 1 or args.num_steps < 1:
         raise ValueError("--num_pairs and --num_steps must be at least 1.")
     loaded, prompts = load_model(args.checkpoint), uniform_prompts(args.num_pairs)
     names = ("checkpoint", "num_steps", "guidance_scale", "keep", "seed")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names} | {"fingerprint": fingerprint(args.checkpoint)}
     settings |= {"causal": not loaded.sampling.whole_clip, "world": asdict(loaded.world)}
+    there = {path: read_header(path) for path in sorted(args.output_dir.glob("pairs_*.safetensors"))}
+    for path, header in there.items():
+        check_origin(path, header["settings"], json.loads(json.dumps(settings)))
     for first in tqdm(range(0, args.num_pairs, SHARD), desc="shards", unit="shard"):
         path = args.output_dir / f"pairs_{first // SHARD:05d}.safetensors"
         samples = range(first, min(first + SHARD, args.num_pairs))
         own = [prompts[i] for i in samples]
-        if path.exists():
-            header = read_header(path)
-            if header["settings"] != json.loads(json.dumps(settings)):
-                raise ValueError(f"{path} holds pairs of other settings: choose another --output_dir.")
-            if header["prompts"] == own:
-                continue
+        if path in there and there[path]["prompts"] == own:
+            continue
         pairs = make_pairs(loaded, own, samples, args.num_steps, args.guidance_scale, args.keep, args.seed)
         metadata = {"header": json.dumps({"settings": settings, "prompts": own})}
         with atomic(path) as temporary:
             temporary.write_bytes(save({"trajectory": pairs.half().contiguous()}, metadata))
+
+
+def check_origin(path: Path, then: dict, now: dict) -> None:
+    """Raises ValueError where a shard's settings are not those of now; where the same weights lay does not matter."""
+    differs = {name for name in now if then.get(name) != now[name]} - {"checkpoint"}
+    if differs == {"fingerprint"}:
+        made = (
+            "of other weights than" if "fingerprint" in then else "of an earlier version, perhaps of other weights than"
+        )
+        raise ValueError(f"{path} holds pairs {made} {now['checkpoint']}: delete it or choose another --output_dir.")
+    if differs:
+        raise ValueError(f"{path} holds pairs of other settings: choose another --output_dir.")
 
 
 def read_header(path: Path) -> dict:

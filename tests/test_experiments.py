@@ -8,8 +8,9 @@ import pytest
 from tiny_runs import SIZES, make_weights, names, options
 
 import train
+from checkpoint import fingerprint
 from experiments import quickstart
-from experiments.ship import fingerprint, ship
+from experiments.ship import ship
 
 SMALL = [*SIZES, "training.num_steps=1", "training.batch_size=2", "training.critic_steps=1"]
 

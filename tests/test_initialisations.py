@@ -1,7 +1,10 @@
 """Three ways to a few-step causal student before Self-Forcing: ODE pairs of two teachers, and consistency."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save
 from test_rollout import BATCH, SCHEDULER, prompt, shaped, start, tiny_model
 from tiny_runs import TINY, make_weights, options
 
@@ -190,6 +193,37 @@ def test_pairs_are_stored_safely_and_go_on(weights, tmp_path, monkeypatch, capsy
     assert torch.equal(batch["video"], batch["trajectory"][:, -1])
     noise = randn((1, 12, 1, 24, 24), [generator(0, "ode pairs", 0)])
     torch.testing.assert_close(batch["trajectory"][:1, 0], noise.half().float())
+
+
+def test_pairs_of_other_weights_are_refused(weights, tmp_path, monkeypatch, capsys):
+    """Known by what the weights are: the same ones under another name go on, others under the same name are refused
+    before anything is made, and so is what does not say whose it is; that can still be learned from."""
+    folder, teacher = tmp_path / "pairs", tmp_path / "teacher.safetensors"
+    teacher.write_bytes((weights / "teacher.safetensors").read_bytes())
+    arguments(monkeypatch, folder, weights)
+    ode_pairs.main()
+    before = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    arguments(monkeypatch, folder, tmp_path)
+    ode_pairs.main()
+    assert {path: path.read_bytes() for path in sorted(folder.iterdir())} == before
+
+    shipped = load_weights(teacher)
+    moved = {name: x + 0.01 for name, x in shipped.state_dict.items()}
+    save_weights(teacher, moved, {"config": shipped.config}, dtype=torch.float32)
+    first, second = before
+    first.unlink()
+    with pytest.raises(SystemExit):
+        ode_pairs.main()
+    said = f"{second} holds pairs of other weights than {teacher}: delete it or choose another --output_dir."
+    assert said in capsys.readouterr().err and not first.exists()
+
+    header = ode_pairs.read_header(second)
+    del header["settings"]["fingerprint"]
+    second.write_bytes(save({"trajectory": torch.zeros(6, 5, 12, 1, 24, 24).half()}, {"header": json.dumps(header)}))
+    with pytest.raises(SystemExit):
+        ode_pairs.main()
+    assert "holds pairs of an earlier version, perhaps of other weights than" in capsys.readouterr().err
+    assert ode_pairs.StoredPairs(folder, WorldConfig(sprites_per_class=2)).batch([0])["video"].shape[1] == 12
 
 
 def test_a_damaged_shard_is_named(weights, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from tiny_runs import REPOSITORY
 
-from experiments.ship import fingerprint
+from checkpoint import fingerprint
 
 CHECKPOINTS = REPOSITORY / "checkpoints"
 PARENTS = {
