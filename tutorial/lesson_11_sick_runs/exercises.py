@@ -4,7 +4,8 @@ from tutorial.grading import todo
 
 
 def smallest_update(weight, dtype):
-    """The smallest positive number u for which weight + u, rounded to dtype, is no longer the weight: a float."""
+    """The border below which an update always vanishes: for 0 < u < border, weight + u, rounded to dtype, is the weight
+    again. (At the border itself it depends on the weight's last bit.) A float."""
     todo("say how small an update may be before it vanishes.")
 
 

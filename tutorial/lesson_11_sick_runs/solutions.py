@@ -12,7 +12,7 @@ __all__ = ["diagnose", "differ", "remembers_what_it_is_given", "smallest_update"
 
 
 def smallest_update(weight, dtype):
-    """Half the distance to the next number: below it, rounding goes back."""
+    """Half the gap to the next number: below it, rounding goes back; a tie goes to the number whose last bit is 0."""
     w = torch.tensor(weight, dtype=dtype)
     above = torch.nextafter(w, torch.tensor(math.inf, dtype=dtype))
     return (above.double() - w.double()).item() / 2

@@ -20,8 +20,8 @@ def test_a_weight_of_one(smallest_update):
     for dtype, digits in ((torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 24)):
         got = smallest_update(1.0, dtype)
         assert 0.99 * 2.0**-digits <= got <= 1.01 * 2.0**-digits, (
-            f"From 1 the next number in {dtype} is 2^-{digits - 1} away, and an update of more than half of that is "
-            f"rounded to it: 2^-{digits} = {2.0**-digits:.3g}. Yours is {got:.3g}."
+            f"From 1 the next number in {dtype} is 2^-{digits - 1} away, and an update below half that gap always "
+            f"vanishes. So the border is 2^-{digits} = {2.0**-digits:.3g}; yours is {got:.3g}."
         )
 
 
@@ -30,11 +30,11 @@ def test_it_is_the_border(smallest_update):
         for weight in (0.75, 1.9, 3.0, 0.0123, 700.0):
             got = smallest_update(weight, dtype)
             assert moves(weight, 1.02 * got, dtype), (
-                f"A weight of {weight} in {dtype} does not move by 1.02 times your {got:.3g}: it is too small."
+                f"A weight of {weight} in {dtype} does not move by 1.02 times your {got:.3g}: the border is higher."
             )
             assert not moves(weight, 0.98 * got, dtype), (
-                f"A weight of {weight} in {dtype} moves already by 0.98 times your {got:.3g}: it is too large. The "
-                "distance between neighbours is the same from one power of two to the next."
+                f"A weight of {weight} in {dtype} moves already by 0.98 times your {got:.3g}: the border is lower. The "
+                "gap between neighbours is the same from one power of two to the next."
             )
 
 
