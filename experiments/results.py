@@ -39,7 +39,7 @@ Records = dict[str, list[dict]]  # row -> one record per seed, each with the cur
 
 def load_records(experiment: str, plan) -> Records:
     """What has been run with the settings that the plan has now; a row that is sampled in two ways is two rows. Rows of
-    other experiments that are shown beside come first."""
+    other experiments that are shown beside come first, sampled in the ways that both have."""
     runs = {run: run.row for run in all_runs(experiment, plan)}
     for name, row in plan.get("beside", {}).items():
         elsewhere, _, row = row.partition("/")
@@ -48,7 +48,7 @@ def load_records(experiment: str, plan) -> Records:
     for run, name in runs.items():
         if run.is_done(plan if run.experiment == experiment else load_plan(run.experiment)):
             record = json.loads(run.record.read_text())
-            for way in record["curves"]:
+            for way in [way for way in record["curves"] if way in plan.evaluation]:
                 one_way = {part: record.get(part, {}).get(way) for part in ("curves", "sampling", "stills")}
                 found.setdefault(name if way == FEW else f"{name}, {way}", []).append(record | one_way)
     return {name: found[name] for name in sorted(found, key=lambda name: (", " in name, list(found).index(name)))}
