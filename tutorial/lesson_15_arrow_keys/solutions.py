@@ -40,8 +40,9 @@ def turned(cond, rng=None):
 
 
 def turning_rollout(generator, scheduler, noise, cond, config, *, data=None, rng=None, shared_rng=None):
-    """LongLive's training (arXiv 2509.22622) in one function: the teacher, who knows clips of one prompt alone, judges
-    what comes after the turn, and the student learns that its past may tell another story."""
+    """After LongLive's training (arXiv 2509.22622): the teacher, who knows clips of one prompt alone, judges what comes
+    after the turn, and the student learns that its past may tell another story. LongLive reads its cache anew at the
+    switch; here it is kept, because a digit's direction is told by what was read under the old prompt."""
     num_frames = draw_length(config, shared_rng)
     turn, cache, settings = max(0, num_frames - config.gradient_frames), None, config.rollout
     if turn:
