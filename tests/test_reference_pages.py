@@ -219,7 +219,7 @@ def test_sick_runs_are_named_and_shown():
     assert all(f"`{row}`" in page("troubleshooting") for row in rows), [*rows]
     shown = {path: words for words, path in re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", page("troubleshooting"))}
     drawn = [row for row in rows if (REPOSITORY / f"docs/results/{row}.png").exists()]
-    assert len(drawn) >= 5 and all(f"results/{row}.png" in shown for row in drawn), drawn
+    assert len(drawn) >= 4 and all(f"results/{row}.png" in shown for row in drawn), drawn
     assert len(shown) >= 10 and all(len(words) > 60 for words in shown.values())
 
 

@@ -62,10 +62,10 @@ def draw_denoising(ax):
     write(ax, 1.54, FLOW + 0.45, "block i: noise")
     draw_arrow(ax, (right + 0.1, FLOW), (STEPS[0] - 0.08, FLOW))
     step = {"y": STEP_Y, "width": STEP_WIDTH, "height": STEP_HEIGHT}
-    draw_labelled_box(ax, STEPS[0], **step, head="generator, $t_1$", words="no_grad")
-    draw_labelled_box(ax, STEPS[1], **step, head="generator, $t_2$", words="no_grad")
-    draw_labelled_box(ax, STEPS[2], **step, head="generator, $t_3$", words="exit step: gradient", edge=VERMILLION)
-    draw_labelled_box(ax, STEPS[3], **step, head="generator, $t_4$", words="not run", edge=FAINT, color=SOFT, line="--")
+    draw_labelled_box(ax, STEPS[0], **step, head="generator, $t_4$", words="no_grad")
+    draw_labelled_box(ax, STEPS[1], **step, head="generator, $t_3$", words="no_grad")
+    draw_labelled_box(ax, STEPS[2], **step, head="generator, $t_2$", words="exit step: gradient", edge=VERMILLION)
+    draw_labelled_box(ax, STEPS[3], **step, head="generator, $t_1$", words="not run", edge=FAINT, color=SOFT, line="--")
     for x in STEPS[:2]:
         draw_arrow(ax, (x + STEP_WIDTH + 0.06, FLOW), (x + 1.93, FLOW))
         write(ax, x + STEP_WIDTH + 0.27, FLOW - 0.15, "re-noise", size=SMALL, color=SOFT)
