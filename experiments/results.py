@@ -221,9 +221,8 @@ def sick_figure(experiment: str, plan, records: Records) -> str:
     path = FIGURES / f"{experiment}.png"
     plot_sick_runs(seen, path, plan.stills.every, plan.title)
     healthy, *others = seen
-    for row, sick in {
-        each.partition(", ")[0]: each for each in others
-    }.items():  # of two ways the second, which is worse
+    worst = {each.partition(", ")[0]: each for each in others}  # of two ways to sample a row, the second
+    for row, sick in worst.items():
         plot_sick_runs({each: seen[each] for each in (healthy, sick)}, FIGURES / f"{row}.png", plan.stills.every)
     return f"![{plan.title}: videos, and signs in the log]({path})"
 
