@@ -159,9 +159,12 @@ def test_a_picture_is_shown_with_its_words(shown, tmp_path, monkeypatch):
 
 
 def test_a_slider_that_shows_by_itself_shows_once(shown, monkeypatch):
-    """Without anybody to move it: what draw returns is displayed, and nothing for a draw that displays by itself."""
+    """Without anybody to move it: what draw returns is displayed, a figure with its words, and nothing for a draw that
+    displays by itself."""
     lesson, seen = shown
     monkeypatch.setattr(lesson, "fast", True)
     lesson.turn(lambda t: f"at {t}", t=(0, 4))
     lesson.turn(lambda t: None, t=(0, 4))
-    assert [thing for thing, _ in seen] == ["at 2"]
+    lesson.turn(lambda t: plot_lines({"kept": [t, 2]}, "frame", "pixels"), t=(0, 4))
+    assert [thing for thing, _ in seen[:-1]] == ["at 2"]
+    assert set(seen[-1][1]["image/png"]["alt"].split("; ")) == {"frame", "pixels", "kept"}

@@ -23,6 +23,7 @@ from textwrap import dedent
 import torch
 from IPython.display import Image, Markdown, display
 from ipywidgets import interactive
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from tutorial.grading import LESSONS, answers, grade, lesson_name, report
@@ -82,18 +83,21 @@ class Lesson:
             if f"expected/{kept.name}" in notebook.read_text():
                 kept.parent.mkdir(exist_ok=True)
                 figure.savefig(kept, dpi=100)
-        display(figure, metadata={"image/png": {"alt": words_in(figure)}})
+        display(figure, metadata=alt(figure))
 
     def turn(self, draw: Callable, **sliders) -> None:
         """Show what draw(**values) returns, anew whenever somebody moves one of its sliders, which are those of
         `ipywidgets.interact`. SF_FAST shows it once: nobody is there to move anything."""
-        widget = interactive(draw, **sliders)
-        if self.fast:
-            values = dict(zip(sliders, (one.value for one in widget.kwargs_widgets), strict=True))
+
+        def look(**values):
             if (shown := draw(**values)) is not None:  # a draw that shows by itself returns nothing
-                display(shown)
+                display(shown, metadata=alt(shown))
+
+        if self.fast:
+            unmoved = interactive(lambda **values: None, **sliders).kwargs_widgets
+            look(**dict(zip(sliders, (slider.value for slider in unmoved), strict=True)))
         else:
-            display(widget)
+            display(interactive(look, **sliders))
 
     def play(self, videos: Tensor, name: str, labels: Sequence[str] | None = None, columns=None, **options) -> None:
         """Show clips [B, F, C, H, W] as a looping GIF, side by side."""
@@ -113,6 +117,11 @@ class Lesson:
         print(f"{what}: {value:.3g} (expected {low:g} to {high:g})")
         if not self.fast and not low <= value <= high:
             raise ValueError(f"{what} is {value:.3g}, outside of {low:g} to {high:g}.")
+
+
+def alt(shown) -> dict | None:
+    """What a screen reader says of a figure: the words that are in it."""
+    return {"image/png": {"alt": words_in(shown)}} if isinstance(shown, Figure) else None
 
 
 def find(lines: Sequence[str], text: str, begin: int) -> int:
