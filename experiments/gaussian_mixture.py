@@ -3,11 +3,16 @@
 A clip is two numbers, the data are a mixture of Gaussians, and so the teacher's flow is a formula. First a one-step
 student is trained by DMD, SiD and a GAN with the functions of dynamic_video_sf.py: the two numbers are the pixels of a
 frame. Then they are two frames of one pixel, and a causal student learns from ODE pairs of a bidirectional and of a
-causal teacher. Writes docs/results/gaussian_mixture.png and experiments/records/gaussian_mixture.json, in a minute.
+causal teacher. Writes experiments/records/gaussian_mixture.json, in a minute or two, and of that record
+docs/results/gaussian_mixture.png.
+
+No one-step student is as often near a mean as data are. Its network is continuous: between the noise that becomes one
+cloud and the noise that becomes the next lies noise that ends between them, the less of it the steeper the network.
 """
 
 import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -35,6 +40,13 @@ SCHEDULER = FlowMatchScheduler()
 PIXELS = (1, 1, 1, 2)  # F, C, H, W: one frame of two pixels
 FRAMES = (2, 1, 1, 1)  # two frames of one pixel
 FIGURE, RECORD = Path("docs/results/gaussian_mixture.png"), Path("experiments/records/gaussian_mixture.json")
+RUNS = {
+    "DMD": {"objective": "dmd"},
+    "DMD, critic not trained": {"objective": "dmd", "train_critic": False},
+    "SiD": {"objective": "sid"},
+    "GAN": {"objective": "gan"},
+}
+NUM_POINTS = 400  # of each snapshot, that a record keeps
 
 
 class Mixture:
@@ -81,8 +93,12 @@ class CausalMixture(Mixture):
         return ahead.flow(x_t.flatten(1), t, log_weights).view_as(x_t)
 
 
-def perceptron(num_inputs: int, num_outputs: int, width: int) -> nn.Sequential:
-    hidden = [nn.Linear(num_inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+TARGET = Mixture([[-1.0, 0.6], [1.0, 0.6], [0.0, -1.1], [0.0, 0.2]], [0.4, 0.3, 0.2, 0.1], 0.15)
+
+
+def perceptron(num_inputs: int, num_outputs: int, width: int, num_layers: int = 2) -> nn.Sequential:
+    sizes = [num_inputs, *[width] * num_layers]
+    hidden = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())]
     return nn.Sequential(*hidden, nn.Linear(width, num_outputs))
 
 
@@ -91,7 +107,7 @@ class OneStep(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = perceptron(2, 2, 32)
+        self.net = perceptron(2, 2, 64, num_layers=3)
 
     def forward(self, x_t, t, cond, cache):
         return x_t - self.net(x_t.flatten(1)).view_as(x_t)
@@ -103,23 +119,25 @@ class OneStep(nn.Module):
 class Network(nn.Module):
     """A critic (two outputs: the flow) or a discriminator (one: the logit)."""
 
-    def __init__(self, num_outputs: int):
+    def __init__(self, num_outputs: int, width: int = 64):
         super().__init__()
-        self.net = perceptron(3, num_outputs, 64)
+        self.net = perceptron(3, num_outputs, width)
 
     def forward(self, x_t, t, cond):
         y = self.net(torch.cat([x_t.flatten(1), t[:, None]], dim=1))
         return y.view_as(x_t) if y.shape[1] == 2 else y[:, 0]
 
 
-def distil(target: Mixture, objective: str, num_steps=300, batch=256, snapshots=(), train_critic=True) -> list[Tensor]:
+def distil(
+    target: Mixture, objective: str, num_steps=300, batch=256, snapshots=(), train_critic=True, lr=5e-3
+) -> list[Tensor]:
     """A one-step student under "dmd", "sid" or "gan": its points [4000, 2] after each of the snapshots' steps
     and at the end."""
     torch.manual_seed(0)
     rng = generator(0, "mixture")
     config = SelfForcingConfig(RolloutConfig((1000,), 1), 1.0, gradient_frames=1, min_num_frames=1, max_num_frames=1)
-    networks = {"generator": OneStep(), "critic": Network(1 if objective == "gan" else 2)}
-    adam = partial(torch.optim.Adam, lr=3e-3, betas=(0.0, 0.99))
+    networks = {"generator": OneStep(), "critic": Network(1 if objective == "gan" else 2, width=128)}
+    adam = partial(torch.optim.Adam, lr=lr, betas=(0.0, 0.99))
     optimizers = {name: adam(network.parameters()) for name, network in networks.items()}
 
     def update(name, loss):
@@ -139,7 +157,8 @@ def distil(target: Mixture, objective: str, num_steps=300, batch=256, snapshots=
             seen.append(videos(4000, generator(0, "look")).flatten(1))
         if step == num_steps:
             return seen
-        optimizers["generator"].param_groups[0]["lr"] = 3e-3 * (1 - step / num_steps)
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / num_steps)
         data = target.sample(batch, rng).view(batch, *PIXELS)
         losses = {
             "dmd": self_forcing_step,
@@ -208,28 +227,40 @@ def first_frames(causal_teacher: bool, num_steps=400, num_pairs=2000) -> Tensor:
         return (x - student(x, torch.ones(4000, 2), {}, frames_per_block=1))[:, 0].flatten()
 
 
-def main() -> None:
-    corners = [[-1.0, 0.6], [1.0, 0.6], [0.0, -1.1], [0.0, 0.2]]
-    target = Mixture(corners, [0.4, 0.3, 0.2, 0.1], 0.15)
-    steps = (0, 50, 200, 1200)
-    runs = {
-        "DMD": {"objective": "dmd"},
-        "DMD, critic not trained": {"objective": "dmd", "train_critic": False},
-        "SiD": {"objective": "sid"},
-        "GAN": {"objective": "gan"},
-    }
-    points = {name: distil(target, num_steps=steps[-1], snapshots=steps[:-1], **run) for name, run in runs.items()}
-    firsts = {f"{name} teacher": first_frames(name == "causal") for name in ("bidirectional", "causal")}
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    plot_mixtures(target.sample(2000, generator(0, "data")), points, steps, firsts, FIGURE)
-    record = {
+def measure(steps=(0, 50, 200, 1200), pair_steps=400) -> dict:
+    """A record: the students of RUNS at these steps, judged at the last of them, first frames, and points to draw."""
+    seen = {name: distil(TARGET, num_steps=steps[-1], snapshots=steps[:-1], **run) for name, run in RUNS.items()}
+    firsts = {f"{name} teacher": first_frames(name == "causal", pair_steps) for name in ("bidirectional", "causal")}
+    last = {"data": TARGET.sample(4000, generator(0, "real"))} | {name: points[-1] for name, points in seen.items()}
+    return {
         "command": "python -m experiments.gaussian_mixture",
         "machine": machine(),
-        "distilled": {name: judge(seen[-1], target) for name, seen in points.items()},
+        "distilled": {name: judge(points, TARGET) for name, points in last.items()},
         "between_the_modes": {name: (x.abs() < 0.5).float().mean().item() for name, x in firsts.items()},
+        "steps": list(steps),
+        "points": {name: [brief(x) for x in points] for name, points in seen.items()},
+        "first_frames": {name: brief(x, 3 * NUM_POINTS) for name, x in firsts.items()},
     }
+
+
+def brief(x: Tensor, count: int = NUM_POINTS) -> list:
+    """The first of many points or numbers, rounded."""
+    return [[round(v, 2) for v in row] if isinstance(row, list) else round(row, 2) for row in x[:count].tolist()]
+
+
+def draw(record: dict, path: Path = FIGURE) -> None:
+    """The figure of a record: every student's points as training went on, over the data's; first frames below."""
+    points = {name: [torch.tensor(x) for x in seen] for name, seen in record["points"].items()}
+    firsts = {name: torch.tensor(x) for name, x in record["first_frames"].items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_mixtures(TARGET.sample(2000, generator(0, "data")), points, record["steps"], firsts, path)
+
+
+def main() -> None:
+    record = measure()
     with atomic(RECORD) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.write_text(json.dumps(record) + "\n")
+    draw(record)
     print(json.dumps({key: record[key] for key in ("distilled", "between_the_modes")}, indent=1))
 
 
