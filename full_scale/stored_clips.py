@@ -8,6 +8,7 @@
 All of them are read clip by clip, and no code in them is ever run.
 """
 
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,8 +66,17 @@ class Clips:
         return self.ends[-1]
 
     def __getitem__(self, i: int) -> Clip:
+        part, place = self.locate(i)
+        return part[place]
+
+    def prompt(self, i: int) -> str:
+        """A clip's prompt, without its numbers."""
+        part, place = self.locate(i)
+        return part.prompt(place)
+
+    def locate(self, i: int) -> tuple["Part", int]:
         part = bisect_right(self.ends, i)
-        return self.parts[part][i - (self.ends[part - 1] if part else 0)]
+        return self.parts[part], i - (self.ends[part - 1] if part else 0)
 
 
 def differing(settings: Mapping, others: Mapping) -> str:
@@ -112,6 +122,9 @@ class Part:
 
     def __getitem__(self, i: int) -> Clip:
         raise NotImplementedError
+
+    def prompt(self, i: int) -> str:
+        return self.prompts[i]
 
 
 class SafetensorsPart(Part):
@@ -184,14 +197,21 @@ class LmdbPart(Part):
         return self.count
 
     def __getitem__(self, i: int) -> Clip:
-        with open_lmdb(self.path) as stored:
-            prompt, latents, image = (stored.get(f"{name}_{i}_data".encode()) for name in ("prompts", "latents", "img"))
-        if prompt is None or latents is None:
-            raise ValueError(f"{self.path} has no clip {i} of {self.count}: make it anew.")
+        prompt, latents, image = self.read(i, "prompts", "latents", "img")
         dtype = {2: np.float16, 4: np.float32}.get(len(latents) // prod(self.shape))
         if image is not None:  # its shape is recorded wrongly, if at all; the VAE tells
             image = self.tensor(image, np.uint8, [STRIDE * self.shape[-2], STRIDE * self.shape[-1], 3])
         return Clip(prompt.decode(), self.tensor(latents, dtype, self.shape), image)
+
+    def prompt(self, i: int) -> str:
+        return self.read(i, "prompts")[0].decode()
+
+    def read(self, i: int, *names: str) -> list[bytes | None]:
+        with open_lmdb(self.path) as stored:
+            found = {name: stored.get(f"{name}_{i}_data".encode()) for name in names}
+        if any(found[name] is None for name in {*names} - {"img"}):
+            raise ValueError(f"{self.path} has no clip {i} of {self.count}: make it anew.")
+        return list(found.values())
 
     def tensor(self, content: bytes, dtype, shape: Sequence[int]) -> Tensor:
         if dtype is None or len(content) != prod(shape) * np.dtype(dtype).itemsize:
@@ -254,7 +274,8 @@ def write_lmdb(path: Path, clips: Clips, rows: Sequence[int], dtype: torch.dtype
     num_bytes = first.latents.numel() * dtype.itemsize + (0 if first.image is None else first.image.numel())
     path.mkdir(parents=True, exist_ok=True)
     with lmdb.open(str(path), map_size=len(rows) * (2 * num_bytes + 2**17) + 2**24) as env:  # room; a file only grows
-        done = begin_lmdb(env, path, {"clips": len(rows), "dtype": str(dtype), **clips.settings})
+        about = {"clips": len(rows), "contents": digest(clips, rows, first), "dtype": str(dtype)}
+        done = begin_lmdb(env, path, about | clips.settings)
         for i in tqdm(range(done, len(rows)), desc=path.name, unit="clip", disable=None):
             clip = clips[rows[i]]
             if clip.latents.shape != first.latents.shape:
@@ -263,6 +284,14 @@ def write_lmdb(path: Path, clips: Clips, rows: Sequence[int], dtype: torch.dtype
             with env.begin(write=True) as stored:
                 put_clip(stored, i, clip, dtype)
         end_lmdb(env, len(rows), first, clips.settings)
+
+
+def digest(clips: Clips, rows: Sequence[int], first: Clip) -> str:
+    """Tells clips from others that were made with the same settings, by their prompts and the first one's numbers."""
+    seen = hashlib.sha256(first.latents.float().numpy().tobytes())
+    for row in rows:
+        seen.update(f"{clips.prompt(row)}\n".encode())
+    return seen.hexdigest()[:16]
 
 
 def begin_lmdb(env: lmdb.Environment, path: Path, plan: Mapping) -> int:
