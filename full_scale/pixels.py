@@ -9,6 +9,7 @@ A stream remembers what every causal layer saw last, so that pieces of a video j
         show(stream(block))
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +22,22 @@ from full_scale.pretrained import DOWNLOADS, find, load_frozen
 from full_scale.wan import first, pick_dtype, read_file
 from processes import pick_device
 
-STRIDE = 8  # pixels per latent, in height and width; 4 in time
+STRIDE, TIME_STRIDE = 8, 4  # pixels per latent in height and width, pictures per latent in time
 FPS = 16  # pictures a second of Wan's videos
+
+
+def num_latents(num_frames: int) -> int:
+    """Latent frames of so many pictures."""
+    return 1 + (num_frames - 1) // TIME_STRIDE
+
+
+def check_size(height: int, width: int, patch_size: Sequence[int] = (1, 2, 2)) -> None:
+    """Raises ValueError for pixels that are no whole number of the transformer's patches."""
+    for name, pixels, patch in (("height", height, patch_size[1]), ("width", width, patch_size[2])):
+        unit = STRIDE * patch
+        if pixels < unit or pixels % unit:
+            below = max(1, pixels // unit) * unit
+            raise ValueError(f"--{name} must be a multiple of {unit}, got {pixels}: use {below} or {below + unit}.")
 
 
 def load_vae(
@@ -75,7 +90,7 @@ class WanVAE(nn.Module):
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Pixels of 1 + 4 n frames to n + 1 latent frames, in float32: the mean that the VAE predicts, as Wan does."""
-        check_size(video)
+        check_clip(video)
         posterior = self.vae.encode(channels_first(video).to(self.vae.dtype)).latent_dist
         return self.normalise(posterior.mode())
 
@@ -134,7 +149,7 @@ class EncodingStream:
     @torch.no_grad()
     def __call__(self, video: Tensor) -> Tensor:
         vae, num_first = self.codec.vae, 0 if self.started else 1
-        check_size(video, num_first)
+        check_clip(video, num_first)
         x = channels_first(video).to(vae.dtype)
         sizes = [1] * num_first + [4] * (video.shape[1] // 4)
         z = [vae.encoder(part, feat_cache=self.memory, feat_idx=[0]) for part in x.split(sizes, dim=2)]
@@ -148,7 +163,7 @@ def empty_memory(network: nn.Module) -> list:
     return [None] * len(list(network.modules()))
 
 
-def check_size(video: Tensor, num_first: int = 1) -> None:
+def check_clip(video: Tensor, num_first: int = 1) -> None:
     """The VAE would drop what is left over, frames and pixels, without a word."""
     num_frames, (height, width) = video.shape[1], video.shape[-2:]
     if num_frames % 4 != num_first:

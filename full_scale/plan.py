@@ -7,7 +7,7 @@ FLOPs are those of the matrix products, a product of [a, b] and [b, c] being 2 a
 GPU's peak and by an assumed utilisation: replace it with one that you measured. Memory is what the tensors of the
 worst moment take, with an attention kernel that keeps no scores (flash, SDPA); GB are 10^9 bytes. bf16 means that
 networks compute in it; what is trained stays float32: weights, gradients, optimizer and average. Not counted: the
-communication, the optimizer's arithmetic, the time of VAE and text encoder, the activations of the VAE, and CLIP.
+communication, the optimizer's arithmetic, the time of VAE and text encoder, what the VAE encodes with, and CLIP.
 """
 
 import argparse
@@ -24,18 +24,20 @@ from pathlib import Path
 
 from checkpoint import atomic
 from dynamic_video_sf import RolloutConfig, SelfForcingConfig
-from full_scale.pixels import FPS, STRIDE
+from full_scale.pixels import FPS, STRIDE, TIME_STRIDE, check_size
 from full_scale.wan import WAN_CONFIGS
 from kv_cache import block_sizes, remembers
+from ode_pairs import grid
 from tiny_causal_wan import CLIP_DIM, WanConfig
 
-TIME_STRIDE = 4  # a clip of n latent frames has 1 + 4 (n - 1) video frames
 VAE_PARAMETERS = 126_892_531  # of Wan2.1_VAE.pth
+DECODER_MEMORY, DECODER_WORKING = 151_328, 161_600  # numbers for each pixel of a latent: kept, and at the worst moment
 UMT5 = {"vocabulary": 256_384, "layers": 24, "dim": 4096, "ffn_dim": 10_240, "position_biases": 32 * 64}
 IMAGE_TOKENS = 257  # of CLIP, which i2v models read besides the prompt
 PEAK_TFLOPS = {"bf16": 989.0, "fp32": 67.0}  # of an H100 SXM, dense
 BYTES = {"bf16": 2, "fp32": 4}
-CHOICES = {"sharding": ("full", "hybrid"), "precision": tuple(BYTES)}
+CHOICES = {"sharding": ("full", "hybrid"), "precision": tuple(BYTES), "objective": ("dmd", "sid")}
+WORDS = {"dmd": "DMD", "sid": "SiD"}
 SPARE = 0.1  # of a GPU's memory, left to CUDA, NCCL and fragmentation
 
 NAMES = {config: name for name, config in WAN_CONFIGS.items()}
@@ -129,9 +131,10 @@ class Setup:
 
     Clips have algorithm.max_num_frames, of latent [height, width]. batch is global; a GPU works on micro_batch videos
     at once, and gradients accumulate. sharding: "full", over all GPUs, or "hybrid", over those of a node. offload:
-    trained states (at inference, weights) wait in the host's memory. text_encoder: on the GPUs too; else, prompts are
-    read from disk. utilisation: the fraction of peak_tflops (None: an H100's) that is reached. gpu_memory: GB. A
-    cache that keeps gradients or whose sink follows is counted as one that does not.
+    shards (at inference, layers and VAE) wait in the host's memory. text_encoder: on every GPU too, whole or sharded;
+    else, prompts are read from disk. objective: "dmd", or "sid", whose gradient passes through both scores.
+    utilisation: the fraction of peak_tflops (None: an H100's) that is reached. gpu_memory: GB. A cache that keeps
+    gradients or whose sink follows is counted as one that does not.
     """
 
     student: WanConfig = WAN_CONFIGS["t2v-1.3b"]
@@ -148,6 +151,8 @@ class Setup:
     precision: str = "bf16"
     offload: bool = False
     text_encoder: bool = True
+    sharded_text_encoder: bool = False
+    objective: str = "dmd"
     utilisation: float = 0.4
     peak_tflops: float | None = None
     gpu_memory: float = 80.0
@@ -331,10 +336,14 @@ def prompt_tokens(config: WanConfig) -> int:
 
 def first_maps(task: Work) -> Shown:
     """FLOPs of the maps of patches, text and time into the model: their inputs want no gradient."""
-    config, (_, height, width) = task.config, task.config.patch_size
-    patches = n(task.tokens, "tokens") * n(config.in_dim * height * width)
+    config = task.config
     text = n(task.calls * config.text_len, "text tokens") * n(config.text_dim)
-    return 2 * n(config.dim) * (patches + text + n(task.frames, "frames") * n(config.freq_dim))
+    return patch_map(task) + 2 * n(config.dim) * (text + n(task.frames, "frames") * n(config.freq_dim))
+
+
+def patch_map(task: Work) -> Shown:
+    config, (_, height, width) = task.config, task.config.patch_size
+    return 2 * n(config.dim) * (n(task.tokens, "tokens") * n(config.in_dim * height * width))
 
 
 def forward(task: Work, head: bool = True) -> Shown:
@@ -344,6 +353,15 @@ def forward(task: Work, head: bool = True) -> Shown:
 def backward(task: Work) -> Shown:
     """Two products for each of the forward pass: by the weights, and by the inputs where these want a gradient."""
     return 2 * forward(task) - first_maps(task)
+
+
+def backward_to_input(task: Work) -> Shown:
+    """Of a frozen network, the products that lead to the video: one for each map of its tokens, two for each product of
+    self-attention; keys and values of the prompt want no gradient."""
+    config, flops = task.config, forward_flops(task)
+    read = 4 * n(config.num_layers, "layers") * n(prompt_tokens(config)) * n(config.dim) * n(task.tokens, "tokens")
+    maps = named(flops["linear layers"] + flops["head"], "FLOP")
+    return maps + 2 * named(flops["self-attention"], "FLOP") + read + named(patch_map(task), "FLOP")
 
 
 def recomputed(setup: Setup, task: Work) -> Shown:
@@ -376,12 +394,23 @@ def step_flops(setup: Setup) -> dict[str, Shown]:
         "rollout": rollout,
         "teacher in the loss": guided_calls(algorithm.guidance_scale) * forward(teacher),
         "critic in the loss": guided_calls(algorithm.fake_guidance_scale) * forward(critic),
+        **(sid_flops(setup, critic, teacher) if setup.objective == "sid" else {}),
         "backward of exit calls": backward(learning),
         "recomputed exit calls": recomputed(setup, learning),
         "critic's rollouts": (updates if algorithm.fresh_rollouts else n(0)) * named(rollout, "FLOP"),
         "critic's forward passes": updates * forward(critic),
         "critic's backward passes": updates * backward(critic),
         "critic's recomputation": updates * recomputed(setup, critic),
+    }
+
+
+def sid_flops(setup: Setup, critic: Work, teacher: Work) -> dict[str, Shown]:
+    """What SiD adds to the loss: both scores are differentiated, the critic, which is trained, by its weights too."""
+    teachers, critics = (guided_calls(getattr(setup.algorithm, f"{who}guidance_scale")) for who in ("", "fake_"))
+    return {
+        "backward through the teacher": teachers * backward_to_input(teacher),
+        "backward through the critic": critics * (backward(critic) + named(patch_map(critic), "FLOP")),
+        "recomputed scores": teachers * recomputed(setup, teacher) + critics * recomputed(setup, critic),
     }
 
 
@@ -412,13 +441,25 @@ def states(setup: Setup) -> dict[str, Shown]:
     student, shards = n(num_parameters(setup.student), "parameters"), n(setup.shards, "GPUs")
     one, two = student * n(4, "B") / shards, 2 * student * n(4, "B") / shards
     trained = {"parameters": one, "gradients": one, "optimizer state": two}
-    frozen = {"teacher": num_parameters(setup.teacher), "text encoder": umt5_parameters() if setup.text_encoder else 0}
+    frozen = {"teacher": num_parameters(setup.teacher)}
+    if setup.text_encoder and setup.sharded_text_encoder:
+        frozen["text encoder"] = umt5_parameters()
     return {
         **{f"student's {name}": number for name, number in trained.items()},
         "student's EMA": one,
         **{f"critic's {name}": number for name, number in trained.items()},
         **{f"frozen {name}": n(number, "parameters") * setup.wide / shards for name, number in frozen.items()},
     }
+
+
+def whole(setup: Setup) -> dict[str, Shown]:
+    """Bytes of what every GPU holds for itself all the time, offload or not. The text encoder is loaded in bf16."""
+    own = {"text encoder": n(umt5_parameters(), "parameters") * n(BYTES["bf16"], "B"), "VAE": vae()}
+    return own if setup.text_encoder and not setup.sharded_text_encoder else {"VAE": vae()}
+
+
+def vae() -> Shown:
+    return n(VAE_PARAMETERS, "parameters") * n(4, "B")
 
 
 def gathered(setup: Setup) -> Shown:
@@ -447,48 +488,49 @@ def on_gpu(setup: Setup, tokens: int) -> Shown:
 
 
 def working(setup: Setup, task: Work) -> Shown:
-    """Bytes that one layer takes for itself: in its feed-forward or, with a long past, where keys are put together."""
+    """Bytes that a call takes without a graph, those of one layer: in its feed-forward or, with a long past, where keys
+    are put together."""
     e, f = n(task.config.dim), n(task.config.ffn_dim)
     tokens, past = on_gpu(setup, task.tokens), on_gpu(setup, task.past)
     return max(tokens * (5 * e + 2 * f) * setup.wide, (6 * tokens + 2 * past) * e * setup.wide)
 
 
-def saved_layer(setup: Setup, task: Work) -> Shown:
+def saved_layer(setup: Setup, task: Work, frozen: bool = False) -> Shown:
     """Bytes of the activations that a layer keeps for its backward pass.
 
     Of the width of the model: in float32 the inputs of three layer norms and of three RMS norms; besides, two products
     of each modulated norm, what q, k and v are before and after they are turned, what attention gives, and what a gate
-    scales. Of the width of the feed-forward: two. Past keys and values are copied next to the new ones.
+    scales. Of the width of the feed-forward: two. Past keys and values are copied next to the new ones. A frozen layer
+    keeps no inputs of its maps: beside those of the norms what attention takes and gives, and one of the feed-forward.
     """
     e, f, tokens = n(task.config.dim), n(task.config.ffn_dim), on_gpu(setup, task.tokens)
-    others = 18 if task.config.model_type == "i2v" else 16
+    i2v, norms = task.config.model_type == "i2v", 6 * n(4, "B")
     prompt = on_gpu(setup, task.calls * prompt_tokens(task.config))
-    own = tokens * (e * (6 * n(4, "B") + others * setup.wide) + 2 * f * setup.wide)
+    if frozen:
+        return tokens * (e * (norms + (6 + i2v) * setup.wide) + f * setup.wide) + 2 * prompt * e * setup.wide
+    own = tokens * (e * (norms + (16 + 2 * i2v) * setup.wide) + 2 * f * setup.wide)
     past = 2 * on_gpu(setup, task.past) * e * setup.wide if task.past else 0
     return own + prompt * e * (n(4, "B") + 3 * setup.wide) + past
 
 
-def saved(setup: Setup, task: Work) -> Shown:
+def saved(setup: Setup, task: Work, frozen: bool = False) -> Shown:
     """Bytes of the activations that calls keep: all or, with activation checkpointing, what the layers start from.
 
     To that belong the caches, one for each block: a cache is a value, the next one is a copy.
     """
     layers = n(task.config.num_layers, "layers")
     if not setup.checkpointing:
-        return layers * named(saved_layer(setup, task), "B") + saved_around(setup, task)
+        return layers * named(saved_layer(setup, task, frozen), "B") + saved_around(setup, task, frozen)
     starts = layers * on_gpu(setup, task.tokens) * n(task.config.dim) * setup.wide
-    return starts + keys_values(setup, task.config, task.past) + saved_around(setup, task)
+    return starts + keys_values(setup, task.config, task.past) + saved_around(setup, task, frozen)
 
 
-def saved_around(setup: Setup, task: Work) -> Shown:
+def saved_around(setup: Setup, task: Work, frozen: bool = False) -> Shown:
     """Bytes of what the head and the text embedding keep."""
     e, text = n(task.config.dim), on_gpu(setup, task.calls * task.config.text_len)
+    if frozen:
+        return on_gpu(setup, task.tokens) * e * n(4, "B")
     return on_gpu(setup, task.tokens) * e * (n(4, "B") + 2 * setup.wide) + 3 * text * e * setup.wide
-
-
-def call_memory(setup: Setup, task: Work) -> Shown:
-    """Bytes that a call takes without a graph: those of one layer."""
-    return working(setup, task)
 
 
 def remember_memory(setup: Setup, task: Work) -> Shown:
@@ -496,19 +538,19 @@ def remember_memory(setup: Setup, task: Work) -> Shown:
     return keys_values(setup, task.config, task.tokens) + working(setup, task)
 
 
-def backward_memory(setup: Setup, task: Work) -> Shown:
+def backward_memory(setup: Setup, task: Work, frozen: bool = False) -> Shown:
     """Bytes that a backward pass takes beside what was kept: gradients and, recomputed, one layer's activations. Those
     of the head are gone by then."""
     gradients = n(task.config.ffn_dim) * setup.wide + 2 * n(task.config.dim) * n(4, "B")
     own = on_gpu(setup, task.tokens) * gradients
     if not setup.checkpointing:
         return own
-    return own + named(saved_layer(setup, task), "B") - saved_around(setup, task)
+    return own + named(saved_layer(setup, task, frozen), "B") - saved_around(setup, task, frozen)
 
 
 def rollout_memory(setup: Setup, clip: Sequence[Block], remembered: Sequence[Block]) -> Shown:
     """Bytes of a rollout without a graph at its worst: in a call, or where the next cache is made beside the last."""
-    calls = [cache(setup, block.past) + call_memory(setup, work(setup, setup.student, [block])) for block in clip]
+    calls = [cache(setup, block.past) + working(setup, work(setup, setup.student, [block])) for block in clip]
     for block in remembered:
         calls.append(cache(setup, block.past) + remember_memory(setup, work(setup, setup.student, [block])))
     made = [[block.past, block.frames, block.held] for block in remembered if block.past]
@@ -525,41 +567,71 @@ def moments(setup: Setup) -> dict[str, Shown]:
     last = work(setup, setup.student, clip[-1:])
     graph, fitted = (named(saved(setup, task), "B") for task in (exit_calls(setup), critic))
     found = {
-        "generator, scores": graph + max(call_memory(setup, critic), call_memory(setup, teacher)),
+        "generator, scores": graph + max(working(setup, critic), working(setup, teacher)),
         "generator, backward": graph + backward_memory(setup, last),
         "critic, backward": fitted + backward_memory(setup, critic),
     }
     if setup.checkpointing:
-        found["generator, last call"] = graph + call_memory(setup, last)
-        found["critic, forward"] = fitted + call_memory(setup, critic)
+        found["generator, last call"] = graph + working(setup, last)
+        found["critic, forward"] = fitted + working(setup, critic)
     else:  # what a call takes is in its graph, but the cache is not
         found["generator, last call"] = graph + cache(setup, clip[-1].past)
+    if setup.objective == "sid":
+        found |= sid_moments(setup, graph, critic, teacher)
     if setup.algorithm.fresh_rollouts:
         found["critic, rollout"] = rollout_memory(setup, clip, clip[:-1])
     return found
 
 
-def training_memory(setup: Setup) -> Shown:
-    """Bytes on a GPU at the worst moment of a step."""
-    resident = 0 if setup.offload else named(sum(states(setup).values()), "B")
-    return named(gathered(setup), "B") + resident + named(max(moments(setup).values()), "B")
-
-
-def inference_parts(setup: Setup) -> dict[str, Shown]:
-    """Bytes on a GPU that makes one video. Offloaded layers come one ahead; the text encoder leaves before."""
-    one, clip = replace(setup, micro_batch=1), blocks(setup)
-    whole = n(num_parameters(setup.student), "parameters") * setup.wide
-    text_encoder = umt5_parameters() if setup.text_encoder and not setup.offload else 0
+def sid_moments(setup: Setup, graph: Shown, critic: Work, teacher: Work) -> dict[str, Shown]:
+    """SiD keeps the graphs of all calls of the scores beside the rollout's; backward goes through the teacher first."""
+    teachers, critics = (guided_calls(getattr(setup.algorithm, f"{who}guidance_scale")) for who in ("", "fake_"))
+    judged = graph + critics * named(saved(setup, critic), "B")
+    taught = judged + teachers * named(saved(setup, teacher, frozen=True), "B")
     return {
-        "model": whole_at_a_time(setup, setup.student) if setup.offload else whole,
-        "text encoder": n(text_encoder, "parameters") * setup.wide,
-        "VAE": n(VAE_PARAMETERS, "parameters") * setup.wide,
-        "KV cache and activations": rollout_memory(one, clip, clip),
+        "generator, scores": taught + (working(setup, teacher) if setup.checkpointing else 0),
+        "generator, backward of teacher": taught + backward_memory(setup, teacher, frozen=True),
+        "generator, backward of critic": judged + backward_memory(setup, critic),
     }
 
 
+def training_memory(setup: Setup) -> Shown:
+    """Bytes on a GPU at the worst moment of a step."""
+    resident = 0 if setup.offload else named(sum(states(setup).values()), "B")
+    own = named(sum(whole(setup).values()), "B")
+    return named(gathered(setup), "B") + own + resident + named(max(moments(setup).values()), "B")
+
+
+def inference_moments(setup: Setup) -> dict[str, Shown]:
+    """Bytes on a GPU that makes one video, at the moments that may be its worst. The text encoder leaves before the
+    transformer comes; when they wait in the host's memory, layers come one at a time, and the VAE while it works."""
+    one, clip, layers = replace(setup, micro_batch=1), blocks(setup), layer_parameters(setup.student)
+    around = num_parameters(setup.student) - parameters(setup.student)["layers"]
+    held = n(around, "parameters") + (0 if setup.offload else parameters(setup.student)["layers"])
+    decoder = vae() + decoder_memory(setup)
+    waiting = 0 if setup.offload else decoder
+    transformer = held + (n(layers, "parameters") if setup.offload else 0)
+    found = {
+        "a call of the transformer": transformer * setup.wide + rollout_memory(one, clip, clip) + waiting,
+        "decoding": held * setup.wide + max(cache(one, block.held) for block in clip) + decoder + decoding(setup),
+    }
+    if setup.text_encoder:
+        found = {"prompts": n(umt5_parameters(), "parameters") * setup.wide + (0 if setup.offload else vae())} | found
+    return found
+
+
+def decoder_memory(setup: Setup) -> Shown:
+    """Bytes of what the VAE's decoder remembers of the frames before."""
+    return n(DECODER_MEMORY, "numbers") * n(setup.latent[0] * setup.latent[1], "latent pixels") * n(4, "B")
+
+
+def decoding(setup: Setup) -> Shown:
+    """Bytes that the decoder takes for itself at its worst."""
+    return n(DECODER_WORKING, "numbers") * n(setup.latent[0] * setup.latent[1], "latent pixels") * n(4, "B")
+
+
 def inference_memory(setup: Setup) -> Shown:
-    return sum(named(part, "B") for part in inference_parts(setup).values())
+    return max(inference_moments(setup).values())
 
 
 def fits(setup: Setup, needed: float) -> bool:
@@ -600,12 +672,13 @@ def report(setup: Setup) -> Report:
         "Sizes": sizes(setup),
         **parameter_lines(setup),
         f"Training: held all the time, {where}": held(setup),
+        "Training: whole on every GPU": lines("B", {"gathered of the shards": gathered(setup), **whole(setup)}),
         "Training: KV cache and activations, per GPU": activations(setup),
         "Training: moments of a step, per GPU": [*lines("B", moments(setup)), worst],
         **call_lines(setup),
         "Training: FLOPs of one video in a step": lines("FLOP", step_flops(setup), "together"),
         "Training: time and cost": training_time(setup),
-        "Inference: memory of a GPU that makes one video": lines("B", inference_parts(setup), "together"),
+        "Inference: moments of a GPU that makes one video": lines("B", inference_moments(setup)),
         "Inference: time and cost of one video on one GPU": inference_time(setup),
     }
 
@@ -654,7 +727,7 @@ def held(setup: Setup) -> list[Line]:
     rows = lines("B", states(setup), "together")
     node = n(min(setup.gpus, setup.gpus_per_node), "GPUs")
     host = [Line("host memory of a node", node * named(rows[-1].number, "B"), "B")] if setup.offload else []
-    return [*rows, *host, Line("gathered on a GPU", gathered(setup), "B")]
+    return [*rows, *host]
 
 
 def activations(setup: Setup) -> list[Line]:
@@ -739,8 +812,8 @@ def heading(setup: Setup) -> str:
     height, width = (STRIDE * side for side in setup.latent)
     checkpointing, given = "on" if setup.checkpointing else "off", "" if setup.peak_tflops else ", an H100's"
     return (
-        f"{who[0]}, taught by {who[1]}: {setup.num_frames} latent frames of {height} x {width} pixels in "
-        f"{n(len(blocks(setup)), 'blocks').text}, {setup.precision}, checkpointing {checkpointing}.\n"
+        f"{who[0]}, taught by {who[1]} with {WORDS[setup.objective]}: {setup.num_frames} latent frames of {height} x "
+        f"{width} pixels in {n(len(blocks(setup)), 'blocks').text}, {setup.precision}, checkpointing {checkpointing}.\n"
         f"{n(setup.gpus, 'GPUs').text}, {setup.sharding} sharding over {setup.shards}. Time assumes "
         f"{setup.utilisation:.0%} of {quantity(setup.peak, 'FLOP')}/s{given}."
     )
@@ -771,14 +844,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add, switch = parser.add_argument, {"choices": ("on", "off")}
     algorithm, rollout = SelfForcingConfig(), RolloutConfig()
     add("--model", choices=tuple(WAN_CONFIGS), default="t2v-1.3b", help="student and critic")
-    add("--teacher", choices=tuple(WAN_CONFIGS), help="by default as published: t2v-14b, for i2v-14b itself")
+    add("--teacher", choices=tuple(WAN_CONFIGS), help="by default as published: t2v-14b, for i2v-14b and sid itself")
+    add("--objective", choices=CHOICES["objective"], default=Setup.objective)
     add("--gpus", type=int, default=Setup.gpus)
     add("--gpus_per_node", type=int, default=Setup.gpus_per_node)
     add("--gpu_memory", type=float, default=Setup.gpu_memory, help="GB")
     add("--sharding", choices=CHOICES["sharding"], help="by default as published: hybrid for 1.3B, full for 14B")
     add("--offload", default="off", help="weights and trained states wait in the host's memory", **switch)
     add("--checkpointing", default="on", help="layers run again in the backward pass", **switch)
-    add("--text_encoder", default="on", help="off: prompt embeddings are read from disk", **switch)
+    add("--text_encoder", choices=("on", "sharded", "off"), default="on", help="off: prompts are all in encoder.cache")
     add("--precision", choices=CHOICES["precision"], default=Setup.precision)
     add("--batch", type=int, default=Setup.batch, help="videos of a step, on all GPUs together")
     add("--micro_batch", type=int, default=Setup.micro_batch, help="videos that a GPU works on at once")
@@ -805,10 +879,12 @@ def setup_of(args: argparse.Namespace) -> Setup:
     """The setup that the options describe. Raises ValueError for options that do not go together."""
     published, chosen = PUBLISHED[args.model], vars(args)
     own = {field.name: chosen[field.name] for field in fields(Setup) if field.name in chosen}
-    switches = {name: chosen[name] == "on" for name in ("checkpointing", "offload", "text_encoder")}
+    switches = {name: chosen[name] == "on" for name in ("checkpointing", "offload")}
+    switches |= {"text_encoder": args.text_encoder != "off", "sharded_text_encoder": args.text_encoder == "sharded"}
+    teacher = args.teacher or (args.model if args.objective == "sid" else published["teacher"])
     fitted = {
         "student": WAN_CONFIGS[args.model],
-        "teacher": WAN_CONFIGS[args.teacher or published["teacher"]],
+        "teacher": WAN_CONFIGS[teacher],
         "algorithm": algorithm_of(args, args.frames_per_block or [published["frames_per_block"] or args.frames]),
         "latent": latent_of(args, WAN_CONFIGS[args.model]),
         "sharding": args.sharding or published["sharding"],
@@ -822,9 +898,10 @@ def algorithm_of(args: argparse.Namespace, frames_per_block: list[int]) -> SelfF
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     pattern = tuple(frames_per_block) if len(frames_per_block) > 1 else frames_per_block[0]
     block_sizes(args.frames, pattern)  # says which numbers of frames fit
-    levels = [1000 * (1 - i / args.denoising_steps) for i in range(args.denoising_steps)]
     return SelfForcingConfig(
-        RolloutConfig(levels, pattern, sink_frames=args.sink_frames, window_frames=args.window_frames),
+        RolloutConfig(
+            grid(args.denoising_steps), pattern, sink_frames=args.sink_frames, window_frames=args.window_frames
+        ),
         guidance_scale=args.guidance_scale,
         critic_steps=args.critic_steps,
         fresh_rollouts=args.fresh_rollouts == "on",
@@ -837,11 +914,7 @@ def algorithm_of(args: argparse.Namespace, frames_per_block: list[int]) -> SelfF
 
 def latent_of(args: argparse.Namespace, config: WanConfig) -> tuple[int, int]:
     """Height and width of a latent frame. Raises ValueError for pixels that are no whole number of patches."""
-    for name, patch in zip(("height", "width"), config.patch_size[1:], strict=True):
-        pixels, unit = getattr(args, name), STRIDE * patch
-        if pixels < unit or pixels % unit:
-            below = max(1, pixels // unit) * unit
-            raise ValueError(f"--{name} must be a multiple of {unit}, got {pixels}: use {below} or {below + unit}.")
+    check_size(args.height, args.width, config.patch_size)
     return args.height // STRIDE, args.width // STRIDE
 
 

@@ -5,25 +5,41 @@ import json
 import re
 import runpy
 import sys
+import weakref
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import peak_mib
 from checkpoint import EMA
-from dynamic_video_sf import RolloutConfig, SelfForcingConfig, generate, rollout, self_forcing_step
+from dynamic_video_sf import (
+    RolloutConfig,
+    SelfForcingConfig,
+    dmd_loss,
+    generate,
+    rollout,
+    self_forcing_step,
+    sid_loss,
+)
 from flow_match import FlowMatchScheduler
 from full_scale import plan
+from full_scale.parallelize import FullySharded
+from full_scale.pixels import WanVAE
 from full_scale.plan import Block, Setup, parse_arguments, setup_of, work
 from full_scale.wan import WAN_CONFIGS
 from tiny_causal_wan import CLIP_DIM, TinyCausalWanModel, WanConfig, matmul_attention, sdpa_attention
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 SHIFT, FEW_STEPS = FlowMatchScheduler(), RolloutConfig((1000, 500))
 T2V = WanConfig(in_dim=4, out_dim=4, dim=64, ffn_dim=160, num_heads=2, num_layers=2, patch_size=(1, 2, 2), text_len=20)
 I2V = replace(T2V, model_type="i2v", in_dim=24)
@@ -74,7 +90,8 @@ def inputs(setup, num_frames=None, batch=1):
 def train(models, setup, noise, cond):
     """One step of Algorithm 1, as train.py takes it, but for the optimizers."""
     student, teacher, critic = models
-    for name, loss in self_forcing_step(student, teacher, critic, SHIFT, noise, cond, cond, setup.algorithm):
+    how = {"loss": {"dmd": dmd_loss, "sid": sid_loss}[setup.objective]}
+    for name, loss in self_forcing_step(student, teacher, critic, SHIFT, noise, cond, cond, setup.algorithm, **how):
         loss.backward()
         (student if name == "generator" else critic).zero_grad(set_to_none=False)
 
@@ -210,6 +227,19 @@ def test_flops_follow_the_settings_of_the_algorithm(settings):
     assert sum(plan.step_flops(setup).values()) == flops(lambda: train(models, setup, *inputs(setup)))
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("config", [T2V, I2V], ids=["t2v", "i2v"])
+def test_flops_of_sid(config, checkpointing):
+    """Backward through two calls of a larger, frozen teacher and two of the critic, and their recomputation."""
+    settings = algorithm(6, fake_guidance_scale=2.0)
+    teacher = replace(config, dim=96, num_layers=3)
+    setup = small_setup(config, teacher, settings=settings, checkpointing=checkpointing, objective="sid")
+    models = networks(setup, matmul_attention)
+    real = flops(lambda: train(models, setup, *inputs(setup)))
+    assert sum(plan.step_flops(setup).values()) == real
+    assert sum(plan.step_flops(replace(setup, objective="dmd")).values()) < 0.9 * real
+
+
 def test_flops_of_random_exits_are_their_mean():
     """The training rollouts left at each of the steps cost on average what the plan says."""
     setup = small_setup(settings=algorithm(exit_rule="random"))
@@ -277,13 +307,15 @@ def test_kv_cache_is_as_large_as_the_real_one(name, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("past", [0, 6])
+@pytest.mark.parametrize("past", [0, 6, None])
 @pytest.mark.parametrize("config", [LARGER, replace(LARGER, model_type="i2v", in_dim=24)], ids=["t2v", "i2v"])
 def test_activations_are_what_autograd_saves(config, past, precision):
-    """Bytes of every storage but the parameters that a call saves for its backward pass, to 5 %."""
-    setup = small_setup(config, latent=(16, 24), precision=precision)
-    model = network(config, setup)
+    """Bytes of every storage but the parameters that a call saves for its backward pass, to 5 %; past None: of a frozen
+    network, through which a gradient only passes."""
+    setup, frozen, past = small_setup(config, latent=(16, 24), precision=precision), past is None, past or 0
+    model = network(config, setup).requires_grad_(not frozen)
     noise, cond = inputs(setup, num_frames=9)
+    noise.requires_grad_(frozen)
     with torch.no_grad():
         cache = RolloutConfig().empty_cache()
         cache = model.remember(noise[:, :past], 0.0, cond, cache) if past else cache
@@ -297,7 +329,7 @@ def test_activations_are_what_autograd_saves(config, past, precision):
         loss = model(noise[:, past : past + 3], 0.5, cond, cache).sum()
     saved = [x for address, x in saved.items() if address not in own and x.shape[-1] != CLIP_DIM]  # small if not here
     real = sum(x.untyped_storage().nbytes() for x in saved)
-    planned = plan.saved(setup, work(setup, config, [Block(3, past)]))
+    planned = plan.saved(setup, work(setup, config, [Block(3, past)]), frozen)
     assert planned == pytest.approx(real, rel=0.05)
     assert loss.requires_grad
 
@@ -317,6 +349,99 @@ def test_a_training_rollout_keeps_what_the_plan_says(checkpointing):
     assert plan.saved(setup, plan.exit_calls(setup)) == pytest.approx(real, rel=0.1)
 
 
+def frozen_bytes(rank, config, precision):
+    """Of a model that was loaded in float32 and is shared out as a teacher is: what this process holds of it."""
+    model = FullySharded("cpu", precision=precision).place(TinyCausalWanModel(config), trained=False)
+    return size(p.to_local() for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_frozen_teacher_is_held_in_what_it_computes_in(tmp_path, precision):
+    """The bytes of the shards of two processes, whatever the file's dtype was, are the plan's."""
+    setup = small_setup(T2V, batch=2, gpus=2, precision=precision)
+    held = on_ranks(2, frozen_bytes, T2V, precision, folder=tmp_path / "ranks")
+    assert plan.states(setup)["frozen teacher"] == pytest.approx(sum(held) / 2)
+    assert sum(held) == plan.BYTES[precision] * numel(TinyCausalWanModel(T2V))
+
+
+def test_every_gpu_has_its_own_text_encoder_and_vae():
+    """As the recipes do: UMT5 in bf16, unless it is sharded or prompts are read from disk; the VAE in float32. Offload
+    moves shards alone."""
+    whole, sharded, remembered = (options("--gpus", "8", "--text_encoder", way) for way in ("on", "sharded", "off"))
+    assert plan.whole(whole) == {"text encoder": 2 * 5_680_910_336, "VAE": 4 * plan.VAE_PARAMETERS}
+    assert plan.whole(sharded) == plan.whole(remembered) == {"VAE": 4 * plan.VAE_PARAMETERS}
+    assert plan.states(sharded)["frozen text encoder"] == 2 * 5_680_910_336 / 8
+    assert plan.states(whole) == plan.states(remembered)
+    less = plan.training_memory(whole) - plan.training_memory(remembered)
+    assert less == pytest.approx(2 * 5_680_910_336)
+    less = plan.training_memory(replace(whole, offload=True)) - plan.training_memory(replace(remembered, offload=True))
+    assert less == pytest.approx(2 * 5_680_910_336)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that were made inside and still live, and their most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.seen:
+                storage = x.untyped_storage()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+        return result
+
+    def forget(self, address, num_bytes):
+        self.seen.discard(address)
+        self.now -= num_bytes
+
+
+def test_a_decoding_stream_takes_what_the_plan_says():
+    """The released VAE in float32, without memory: what its stream keeps, to the byte; what it takes besides while it
+    decodes a block of three latent frames, to 5 %."""
+    from diffusers import AutoencoderKLWan
+
+    setup = small_setup(latent=(6, 8))
+    with torch.device("meta"):
+        vae = WanVAE(AutoencoderKLWan())
+        assert plan.vae() == size(vae.parameters())
+        with Live() as live, torch.no_grad():
+            stream = vae.stream()
+            for _ in range(2):
+                stream(torch.zeros(1, 3, 16, *setup.latent))
+        assert plan.decoder_memory(setup) == size(x for x in stream.memory if isinstance(x, torch.Tensor))
+    assert plan.decoder_memory(setup) + plan.decoding(setup) == pytest.approx(live.most, rel=0.05)
+
+
+def test_inference_is_planned_as_full_scale_generate_works():
+    """Prompts first, without the transformer; then a call, or a block's decoding. With offload the layers come one at a
+    time, and VAE and its memory only while it works."""
+    setup = small_setup(T2V, precision="bf16")
+    model, clip = network(T2V, setup), plan.blocks(setup)
+    layer, all_layers, all_parts = (size(part.parameters()) for part in (model.blocks[0], model.blocks, model))
+    text, decoder = 2 * 5_680_910_336, plan.vae() + plan.decoder_memory(setup)
+    roll, held = plan.rollout_memory(setup, clip, clip), plan.cache(setup, 12)
+    assert plan.inference_moments(setup) == {
+        "prompts": text + plan.vae(),
+        "a call of the transformer": all_parts + roll + decoder,
+        "decoding": all_parts + held + decoder + plan.decoding(setup),
+    }
+    around = all_parts - all_layers
+    assert plan.inference_moments(replace(setup, offload=True)) == {
+        "prompts": text,
+        "a call of the transformer": around + layer + roll,
+        "decoding": around + held + decoder + plan.decoding(setup),
+    }
+    assert "prompts" not in plan.inference_moments(replace(setup, text_encoder=False))
+    assert plan.inference_memory(setup) == text + plan.vae()
+
+
 ONE_STEP = RolloutConfig((1000,))
 SITUATIONS = {
     "checkpointing": {"checkpointing": True},
@@ -324,6 +449,7 @@ SITUATIONS = {
     "window": {"rollout": replace(ONE_STEP, window_frames=3)},
     "one block": {"rollout": replace(ONE_STEP, frames_per_block=9)},
     "bf16": {"precision": "bf16"},
+    "SiD": {"objective": "sid"},
 }
 
 
@@ -366,9 +492,8 @@ def test_what_is_gathered_is_whole():
     around = size(model.parameters()) - size(model.blocks.parameters())
     assert plan.gathered(setup) == 2 * layer + around + 4 * numel(model.blocks[0])
     assert plan.gathered(replace(setup, gpus=1, precision="fp32")) == 0
-    assert plan.inference_parts(setup)["model"] == size(model.parameters())
-    assert plan.inference_parts(replace(setup, offload=True))["model"] == 2 * layer + around
-    total = sum(plan.states(setup).values()) + plan.gathered(setup) + max(plan.moments(setup).values())
+    total = sum(plan.states(setup).values()) + sum(plan.whole(setup).values()) + plan.gathered(setup)
+    total += max(plan.moments(setup).values())
     assert plan.training_memory(setup) == pytest.approx(total)
 
 
@@ -410,7 +535,7 @@ def by_hand(formula):
     return eval(re.sub(r"[A-Za-z]{2,}|\b[A-Za-z]\b", "", formula))
 
 
-@pytest.mark.parametrize("arguments", [[], ["--exit", "last"], ["--offload", "on", "--gpu_memory", "24"]])
+@pytest.mark.parametrize("arguments", [[], ["--objective", "sid"], ["--offload", "on", "--gpu_memory", "24"]])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_printed_line_can_be_checked_by_hand(name, arguments):
     """Defaults work for every model, every section is there, and each formula gives the result beside it."""
@@ -444,6 +569,7 @@ def test_published_configurations_are_the_defaults():
     assert (small.teacher, small.sharding) == (WAN_CONFIGS["t2v-14b"], "hybrid")
     assert (small.algorithm.rollout, small.batch, small.gpus) == (RolloutConfig(), 64, 64)
     assert small.algorithm == SelfForcingConfig()
+    assert options("--objective", "sid").teacher == options("--objective", "sid").student == small.student
     for setup in (large, image):
         assert (setup.teacher, setup.sharding) == (setup.student, "full")
         assert [block.frames for block in plan.blocks(setup)] == [21]
@@ -477,6 +603,23 @@ def test_a_viewer_waits_for_the_first_block_only():
     assert rows["time of a video"] == pytest.approx(plan.video_flops(setup) / 0.5e12)
     assert rows["time of a latent frame"] == pytest.approx(rows["time of a video"] / 12)
     assert rows["times as fast as it is shown"] == pytest.approx((1 + 4 * 11) / 16 / rows["time of a video"])
+
+
+def test_the_numbers_of_the_readme_are_the_plans():
+    """Time and memory of a video, the time to its first block, and the hours of Self-Forcing's training."""
+    readme = " ".join((REPOSITORY / "full_scale" / "README.md").read_text().split())
+    setup = options("--model", "t2v-1.3b")
+    video = {row.label: float(row.number) for row in plan.inference_time(setup)}
+    training = {row.label: float(row.number) for row in plan.training_time(setup)}
+    found = re.search(r"1.3B student at ([\d.]+) s and (\d+) GB on such a GPU, its first block at ([\d.]+) s", readme)
+    expected = video["time of a video"], plan.inference_memory(setup) / 1e9, video["time to the first block"]
+    assert [float(x) for x in found.groups()] == [round(x, 1) if x < 10 else round(x) for x in expected]
+    (hours,) = re.search(r"the planner says ([\d.]+) hours on 64", readme).groups()
+    assert float(hours) == round(training["time of the training"], 1)
+    (offloaded,) = re.search(r"With `--offload_layers` (\d+) GB", readme).groups()
+    assert float(offloaded) == round(plan.inference_memory(replace(setup, offload=True)) / 1e9)
+    (encoder,) = re.search(r"UMT5's (\d+\.\d) GB", readme).groups()
+    assert float(encoder) == round(plan.whole(setup)["text encoder"] / 1e9, 1)
 
 
 def test_what_does_not_fit_is_told_what_would():
