@@ -1,6 +1,6 @@
 """Make what training at full scale reads: python -m full_scale.data COMMAND
 
-    prompts      encode prompts into the cache that training reads
+    prompts      encode prompts, all or those of a run, into the cache that training reads
     images       the same for the images of image-to-video
     latents      encode videos with Wan's VAE, a file for each
     ode_pairs    a Wan teacher's guided ODE from noise to video, its states at the student's steps, a file for each
@@ -29,13 +29,13 @@ from tqdm import tqdm
 from dynamic_video_sf import Guided, RolloutConfig, ode_trajectory
 from flow_match import FlowMatchScheduler
 from full_scale.attention import fastest_attention
-from full_scale.data import ImageConditions, ImagePrompts, cut, prompt_beside, read_prompts
+from full_scale.data import ImageConditions, ImagePrompts, Prompts, prompt_beside, read_prompts
 from full_scale.images import image_pixels
-from full_scale.pixels import FPS, STRIDE, WanVAE, load_vae
+from full_scale.pixels import FPS, STRIDE, TIME_STRIDE, WanVAE, check_size, load_vae, num_latents
 from full_scale.pretrained import find, fingerprint
 from full_scale.stored_clips import Clip, Clips, is_written, write_clip, write_lmdb
 from full_scale.text import TextEncoder
-from full_scale.wan import load_transformer, read
+from full_scale.wan import load_transformer, place_of
 from generate import to_pixels
 from ode_pairs import STUDENT_STEPS, grid
 from processes import pick_device
@@ -60,12 +60,6 @@ def own_share(items: Sequence[T]) -> Sequence[T]:
     return items[rank::count]
 
 
-def own_device(name: str) -> torch.device:
-    """The device of that name; of several GPUs, the one that is this process's."""
-    device = pick_device(name)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if str(device) == "cuda" else device
-
-
 def make_all(items: Sequence[T], make: Callable[[T], None], unit: str) -> None:
     """Make every item. A ValueError, somebody's faulty file, does not keep the others from being made; in the end all
     of them are raised as one."""
@@ -84,30 +78,26 @@ def make_all(items: Sequence[T], make: Callable[[T], None], unit: str) -> None:
 
 
 def cache_prompts(args: argparse.Namespace) -> None:
-    encoder = TextEncoder(args.model_path, cache=args.cache, device=own_device(args.device))
-    prompts = [encoder.negative_prompt, *dict.fromkeys(read_prompts(args.prompts))]
-    for prompt in tqdm(own_share(prompts), desc="prompts", unit="prompt", disable=None):
+    encoder = TextEncoder(args.model_path, cache=args.cache, device=pick_device(args.device, "--device "))
+    source = Prompts(args.prompts, seed=args.seed)
+    prompts = source.batch(range(args.num_samples))["prompts"] if args.num_samples else source.prompts
+    for prompt in tqdm(own_share([encoder.negative_prompt, *dict.fromkeys(prompts)]), unit="prompt", disable=None):
         encoder.embed(prompt)
 
 
 def cache_images(args: argparse.Namespace) -> None:
-    check_size(args)
-    conditions = ImageConditions(args.model_path, cache=args.cache, device=own_device(args.device))
+    check_options(args)
+    conditions = ImageConditions(args.model_path, cache=args.cache, device=pick_device(args.device, "--device "))
     frame_shape = (16, args.height // STRIDE, args.width // STRIDE)
-    data = ImagePrompts(args.images, conditions, frame_shape, num_frames=num_latents(args))
+    data = ImagePrompts(args.images, conditions, frame_shape, num_frames=num_latents(args.num_frames))
     make_all(own_share(range(len(data.items))), lambda i: data.see(data.items[i]), "image")
 
 
-def check_size(args: argparse.Namespace) -> None:
-    if args.num_frames % 4 != 1 or args.height % (2 * STRIDE) or args.width % (2 * STRIDE):
-        raise ValueError(
-            f"Wan makes 1 + 4 n frames of multiples of {2 * STRIDE} pixels: --num_frames {args.num_frames}, "
-            f"--height {args.height} or --width {args.width} is none; use for example 81, 480 and 832."
-        )
-
-
-def num_latents(args: argparse.Namespace) -> int:
-    return 1 + (args.num_frames - 1) // 4
+def check_options(args: argparse.Namespace) -> None:
+    check_size(args.height, args.width)
+    if args.num_frames % TIME_STRIDE != 1:
+        below = 1 + TIME_STRIDE * (num_latents(args.num_frames) - 1)
+        raise ValueError(f"--num_frames must be 1 + 4 n, got {args.num_frames}: use {below} or {below + TIME_STRIDE}.")
 
 
 # ------------------------------------------------------------------------------------------------------------ latents
@@ -115,7 +105,7 @@ def num_latents(args: argparse.Namespace) -> int:
 
 def make_latents(args: argparse.Namespace) -> None:
     """Every video into {its name}.safetensors, with its prompt."""
-    check_size(args)
+    check_options(args)
     videos = [(video, prompt_beside(video, args.prompts)) for video in find_videos(args.videos)]
     names = ("num_frames", "height", "width", "fps", "first_frames")
     settings = {"vae": fingerprint(find("VAE", args.model_path))} | {name: getattr(args, name) for name in names}
@@ -123,7 +113,7 @@ def make_latents(args: argparse.Namespace) -> None:
     todo = [one for one in own_share(videos) if not is_written(outputs[one[0]], one[1], settings)]
     if not todo:
         return
-    vae = load_vae(args.model_path, device=own_device(args.device))
+    vae = load_vae(args.model_path, device=pick_device(args.device, "--device "))
 
     def make(one: tuple[Path, str]) -> None:
         video, prompt = one
@@ -156,8 +146,8 @@ def encode_video(
     """
     stream, latents, image = vae.encoding_stream(), [], None
     with closing(read_pictures(path, num_frames, fps)) as pictures:
-        for size in [1] + [4] * ((num_frames - 1) // 4):
-            pixels = image_pixels([cut(one, height, width) for one in islice(pictures, size)], height, width)
+        for size in [1] + [TIME_STRIDE] * (num_latents(num_frames) - 1):
+            pixels = image_pixels([*islice(pictures, size)], height, width)
             image = to_pixels(pixels[0]) if image is None else image
             latents.append(stream(pixels[None].to(vae.latents_mean.device)).cpu())
     return torch.cat(latents, dim=1)[0], torch.from_numpy(image.transpose(1, 2, 0).copy())
@@ -208,7 +198,7 @@ class Teacher:
 
 def make_ode_pairs(args: argparse.Namespace) -> None:
     """Pair after pair into pairs_{number}.safetensors; the number fixes the noise, and in turn the prompt."""
-    check_size(args)
+    check_options(args)
     prompts, settings = read_prompts(args.prompts), pair_settings(args)
 
     def output(sample: int) -> tuple[Path, str]:
@@ -229,21 +219,22 @@ def make_ode_pairs(args: argparse.Namespace) -> None:
 def pair_settings(args: argparse.Namespace) -> dict:
     names = ("shift", "num_steps", "guidance_scale", "keep", "seed")
     names += ("frames_per_block", "num_frames", "height", "width")
-    settings = {"weights": fingerprint(read(args.checkpoint or args.model_path).path)}
+    settings = {"weights": fingerprint(place_of(args.checkpoint or args.model_path))}
     settings["causal"] = args.frames_per_block is not None
     return settings | {name: getattr(args, name) for name in names}
 
 
 def load_teacher(args: argparse.Namespace) -> Teacher:
-    device, checkpoint = own_device(args.device), args.checkpoint or args.model_path
+    device, checkpoint = pick_device(args.device, "--device "), args.checkpoint or args.model_path
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     model = load_transformer(checkpoint, config=args.config, dtype=dtype, device=device).eval().requires_grad_(False)
     if model.config.model_type != "t2v":
         raise ValueError(f"{checkpoint} makes videos of images: give a text-to-video teacher, which needs none.")
     model.attention = fastest_attention
     encoder = TextEncoder(args.model_path, cache=args.cache, device=device)
-    config = RolloutConfig(grid(args.num_steps), args.frames_per_block or num_latents(args))
-    shape = (num_latents(args), model.config.out_dim, args.height // STRIDE, args.width // STRIDE)
+    num_frames = num_latents(args.num_frames)
+    config = RolloutConfig(grid(args.num_steps), args.frames_per_block or num_frames)
+    shape = (num_frames, model.config.out_dim, args.height // STRIDE, args.width // STRIDE)
     return Teacher(model, encoder, FlowMatchScheduler(args.shift), config, args.guidance_scale, shape, args.seed)
 
 
@@ -307,8 +298,11 @@ A_PROMPT_FILE = "a text file with a prompt on each line, or a folder of text fil
 
 
 def describe_prompts(add) -> None:
-    """Encode prompts, and the negative prompt, into the cache that training reads."""
+    """Encode prompts, and the negative prompt, into the cache that training reads: 8 KB for each token, which is 1 to 4
+    MB for a long prompt, and hundreds of GB for all of Self-Forcing's."""
     add("--prompts", type=Path, required=True, help=A_PROMPT_FILE)
+    add("--num_samples", type=count, help="those of a run alone: its num_steps times its batch_size; by default all")
+    add("--seed", type=int, default=0, help="of that run, which gives the order")
     add("--cache", type=Path, default=Path("cache/prompts"), help="training's is encoder.cache")
     add_networks(add, T2V, "the text encoder")
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from checkpoint import atomic
-from full_scale.images import image_conditioning, load_image_encoder
+from full_scale.images import cut, image_conditioning, load_image_encoder, pictures
 from full_scale.pixels import STRIDE, WanVAE, load_vae
 from full_scale.pretrained import find, fingerprint
 from full_scale.stored_clips import Clip, Clips
@@ -73,7 +73,12 @@ def drawn(items: Sequence[T], samples: Sequence[int], seed: int) -> list[T]:
 def shuffled(sample: int, count: int, seed: int) -> int:
     """Which of `count` items the sample is: round after round of all of them, each in an order of its own."""
     turn, place = divmod(sample, count)
-    return int(np.random.default_rng((seed, turn)).permutation(count)[place])
+    return int(order(seed, turn, count)[place])
+
+
+@lru_cache(2)
+def order(seed: int, turn: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, turn)).permutation(count)
 
 
 # ---------------------------------------------------------------------------------------------- clips and trajectories
@@ -203,7 +208,7 @@ class ImagePrompt:
 def picture(item: ImagePrompt | Clip) -> Image.Image:
     if isinstance(item.image, Path):
         with Image.open(item.image) as image:
-            return image.convert("RGB")
+            return pictures(image)[0]
     if item.image is None:
         raise ValueError(f"The clip of {item.prompt!r} has no picture: make the clips with --first_frames.")
     return Image.fromarray(item.image.numpy())
@@ -213,13 +218,16 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def read_image_prompts(path: Path) -> Sequence[ImagePrompt | Clip]:
-    """Images with prompts: a folder of name.jpg (or .png, ...) and name.txt each; a .json or .jsonl list with "image"
-    and "prompt", or "file_name" and "caption", for each; or clips that have their first pictures."""
+    """Images with prompts: what `image_pairs` reads, or clips that have their first pictures."""
+    return image_pairs(path) or Clips(path)
+
+
+def image_pairs(path: Path) -> list[ImagePrompt]:
+    """A folder of name.jpg (or .png, ...) and name.txt each, or a .json or .jsonl list with "image" and "prompt", or
+    "file_name" and "caption", for each; nothing for whatever else there is."""
     if path.suffix in (".json", ".jsonl"):
         return read_image_list(path)
     images = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES) if path.is_dir() else []
-    if not images:
-        return Clips(path)
     return [ImagePrompt(prompt_beside(image), image) for image in images]
 
 
@@ -264,7 +272,7 @@ class ImageConditions:
 
     def __call__(self, image: Image.Image, num_frames: int, height: int, width: int) -> dict[str, Tensor]:
         """{"image_latents": [1, F, 20, H/8, W/8], "clip_features": [1, 257, 1280]} of an image cut to that shape."""
-        image = cut(image, height, width)
+        image = cut(pictures(image)[0], height, width)
         if self.cache is None:
             return self.compute(image, num_frames, height, width)
         path = self.cache_file(image, f"{num_frames} {height} {width} {image.size}")
@@ -303,14 +311,6 @@ def remembered(path: Path) -> dict[str, Tensor] | None:
         return load_file(path)
     except (OSError, SafetensorError):
         return None
-
-
-def cut(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest part around the middle of an image that has the proportions height : width."""
-    scale = min(image.height / height, image.width / width)
-    size = round(scale * width), round(scale * height)
-    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
-    return image.crop((left, top, left + size[0], top + size[1]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ on the process that makes it: under torchrun, each takes every so many-th prompt
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -42,10 +41,20 @@ from dynamic_video_sf import Guided, RolloutConfig, prefill, renoise, rollout
 from flow_match import FlowMatchScheduler
 from full_scale.attention import NEEDS, fastest_attention
 from full_scale.build_data import count, process_number
-from full_scale.data import PICTURES, prompt_beside, read_prompts
+from full_scale.data import image_pairs, read_prompts
 from full_scale.images import ImageEncoder, Images, image_conditioning, image_pixels, load_image_encoder
 from full_scale.memory import KnownPrompts, VisitingStream, offload_layers, visiting
-from full_scale.pixels import FPS, STRIDE, TinyDecoder, WanVAE, load_tiny_decoder, load_vae
+from full_scale.pixels import (
+    FPS,
+    STRIDE,
+    TIME_STRIDE,
+    TinyDecoder,
+    WanVAE,
+    check_size,
+    load_tiny_decoder,
+    load_vae,
+    num_latents,
+)
 from full_scale.pretrained import DOWNLOADS, PLACES, fingerprint
 from full_scale.sharded_checkpoint import STATE
 from full_scale.speed import QUANTISED, check_quantised, compile_layers, quantise, read_prompts_once
@@ -55,20 +64,23 @@ from full_scale.wan import (
     WAN_CONFIGS,
     load_transformer,
     parsed,
-    pick_config,
-    read,
+    place_of,
     read_json,
     read_pickle,
     read_safetensors,
+    stored_config,
 )
 from generate import draw_noise, sample_keys, to_pixels
 from kv_cache import FramesPerBlock, block_borders, block_sizes
+from ode_pairs import grid
+from processes import pick_device
 from randomness import generator
 from samplers import UniPC
 from tiny_causal_wan import Attention, TinyCausalWanModel, WanConfig, exact_attention
 from visualization.video_files import write_gif
 
 NUM_STEPS, GUIDANCE_SCALE = 50, 5.0  # of many-step sampling, as Wan does it
+PIECE = 16  # pictures of a given video that are shown together: as bytes it fits into memory, not as numbers
 STUDENT = Path("wan_models/Self-Forcing/checkpoints/self_forcing_dmd.pt")  # where DOWNLOADS puts them
 WAN = {"t2v": Path("wan_models/Wan2.1-T2V-1.3B"), "i2v": Path("wan_models/Wan2.1-I2V-14B-480P")}
 KERNELS = {
@@ -79,6 +91,7 @@ ALL_AT_ONCE = (
     "This makes all frames at once, and neither --frames_per_block nor what is given, a video or image, goes with "
     "that: use --no-bidirectional."
 )
+PAIRS = "a folder of name.jpg and name.txt each, or a list, see read_image_list of full_scale/data.py"
 NEEDS_IMAGE = "This is an image-to-video model: give it images, with --image FILE or --i2v --data_path FOLDER."
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -112,7 +125,7 @@ class Models:
 
     @cached_property
     def sizes(self) -> WanConfig:
-        return pick_config(self.config, read(self.checkpoint, self.weights))
+        return stored_config(self.checkpoint, self.config, self.weights)
 
     @property
     def home(self) -> torch.device | str:
@@ -152,9 +165,12 @@ class Models:
     def clip(self) -> ImageEncoder:
         return load_image_encoder(self.model_path, device=self.home)
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, video: Tensor) -> Tensor:
+        """Latents of a video's pictures, as `numbers` takes them, a few at a time."""
+        sizes = [1] + [TIME_STRIDE] * (num_latents(video.shape[1]) - 1)
         with visiting(self.device, self.home, self.vae):
-            return self.vae.encode(pixels.to(self.device))
+            stream = self.vae.encoding_stream()
+            return torch.cat([stream(numbers(part.to(self.device))) for part in video.split(sizes, dim=1)], dim=1)
 
     def condition(self, images: Images, num_frames: int, height: int, width: int) -> dict[str, Tensor]:
         """What an image-to-video model sees of its images."""
@@ -209,7 +225,7 @@ def choose_sampling(
         raise ValueError("num_steps are those of many-step sampling: use --mode many-step, or --denoising_steps.")
     trained = {f.name: training[f.name] for f in fields(RolloutConfig) if f.name in training}
     if many_step:
-        trained["denoising_steps"] = even_steps(NUM_STEPS if num_steps is None else num_steps)
+        trained["denoising_steps"] = grid(NUM_STEPS if num_steps is None else num_steps)
     options = {"denoising_steps": denoising_steps, "sink_frames": sink_frames, "window_frames": window_frames}
     options = {name: value for name, value in options.items() if value is not None}
     if shift is None:
@@ -245,10 +261,6 @@ def first_alone(frames_per_block: FramesPerBlock) -> tuple[int, ...]:
     return sizes if sizes[0] == 1 else (1, *sizes)
 
 
-def even_steps(num_steps: int) -> list[float]:
-    return [1000 * (1 - i / num_steps) for i in range(num_steps)]
-
-
 @torch.no_grad()
 def stream_latents(
     model, sampling: Sampling, cond, keys: Sequence[tuple], num_frames: int, frame_shape, *, past=None, device=None
@@ -281,18 +293,19 @@ def stream_video(
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield the pixels [B, f, 3, H, W] of one video per prompt, on the CPU in [-1, 1], block by block.
 
-    images: one per prompt, the first frames. video [B or 1, F, 3, H, W], F = 1 + 4 n: pixels to be continued. What is
-    given, the image of an image-to-video model excepted, is yielded first. keys: by default `sample_keys`. Close the
-    iterator to stop. Raises ValueError for sizes that do not fit.
+    images: one per prompt, the first frames. video [B or 1, F, 3, H, W], in [-1, 1] or uint8: what is to be continued.
+    What is given, the image of an image-to-video model excepted, is yielded first. keys: by default `sample_keys`.
+    Close the iterator to stop. Raises ValueError for sizes that do not fit.
     """
-    check_size(models.sizes, height, width)
+    check_size(height, width, models.sizes.patch_size)
     keys = sample_keys(prompts, seed) if keys is None else keys
     model, cond = conditioned(models, prompts, sampling, images, num_frames, height, width)
     if images is not None and models.sizes.model_type == "t2v":
         video = image_pixels(images, height, width)[:, None]
     decode, past = VisitingStream(models.decoder, models.device, models.home), None
     if video is not None:
-        yield video.expand(len(prompts), -1, -1, -1, -1)
+        for piece in video.split(PIECE, dim=1):
+            yield numbers(piece).expand(len(prompts), -1, -1, -1, -1)
         past = models.encode(usable(video, sampling.rollout.frames_per_block)).expand(len(prompts), -1, -1, -1, -1)
         for latents in past.split(1, dim=1):  # for the decoder's memory; what was given has been shown
             decode(latents)
@@ -314,18 +327,11 @@ def conditioned(models: Models, prompts, sampling, images, num_frames, height, w
     return (Guided(model, uncond, sampling.guidance_scale) if guided else model), cond
 
 
-def check_size(sizes: WanConfig, height: int, width: int) -> None:
-    rows, columns = (STRIDE * patch for patch in sizes.patch_size[1:])
-    if min(height, width) < 1 or height % rows or width % columns:
-        raise ValueError(
-            f"--height {height} and --width {width} must be multiples of {rows} and {columns}, such as 480 and 832."
-        )
-
-
 def usable(video: Tensor, frames_per_block: FramesPerBlock) -> Tensor:
     """The end of a video [B, F, 3, H, W], as many frames as are a whole number of blocks of latents."""
-    borders = block_borders(num_latents(video), frames_per_block)
-    fitting = max(border for border in borders if border <= num_latents(video))
+    num_frames = num_latents(video.shape[1])
+    borders = block_borders(num_frames, frames_per_block)
+    fitting = max(border for border in borders if border <= num_frames)
     if not fitting:
         raise ValueError(
             f"The given video has {video.shape[1]} frames at {FPS} a second, less than a block: "
@@ -334,8 +340,9 @@ def usable(video: Tensor, frames_per_block: FramesPerBlock) -> Tensor:
     return video[:, -(1 + 4 * (fitting - 1)) :]
 
 
-def num_latents(video: Tensor) -> int:
-    return 1 + (video.shape[1] - 1) // 4
+def numbers(video: Tensor) -> Tensor:
+    """Pixels in [-1, 1], if need be from uint8."""
+    return video if video.is_floating_point() else video / 127.5 - 1
 
 
 def ahead(items: Iterator) -> Iterator:
@@ -365,7 +372,7 @@ class Request:
 
 
 def read_requests(args: argparse.Namespace) -> list[Request]:
-    """One per prompt: of the command line, of a text file or folder, or of a folder of image-text pairs."""
+    """One per prompt: of the command line, of a text file or folder, or of images with their prompts."""
     if (args.prompts is None) == (args.data_path is None):
         raise ValueError('Say what to show, with one of --prompts "a cat walks on the grass" and --data_path PATH.')
     if args.image and not args.image.is_file():
@@ -373,7 +380,9 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
     if args.i2v and not args.image:
         if not args.data_path:
             raise ValueError("--i2v needs images: add --data_path with a folder of image-text pairs, or --image FILE.")
-        requests = read_pairs(args.data_path)
+        requests = [Request(pair.prompt, pair.prompt, pair.image) for pair in image_pairs(args.data_path)]
+        if not requests:
+            raise ValueError(f"{args.data_path} holds no image-text pairs: give {PAIRS}.")
     else:
         requests = [Request(prompt, prompt, args.image) for prompt in args.prompts or read_prompts(args.data_path)]
     if args.extended_prompt_path is None:
@@ -386,23 +395,15 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
     return [replace(request, prompt=prompt) for request, prompt in zip(requests, extended, strict=True)]
 
 
-def read_pairs(folder: Path) -> list[Request]:
-    """name.jpg (or .png, ...) and name.txt for each video, in the order of their names."""
-    pictures = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES) if folder.is_dir() else []
-    if not pictures:
-        raise ValueError(f"{folder} holds no image-text pairs: --i2v wants a folder of name.jpg and name.txt each.")
-    prompts = map(prompt_beside, pictures)
-    return [Request(prompt, prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
-
-
 def read_video(path: Path, height: int, width: int) -> Tensor:
-    """Its pixels [1, F, 3, H, W] in [-1, 1], at 16 frames a second."""
+    """Its pictures, uint8 [1, F, 3, H, W], at 16 a second, cut to the proportions and resized."""
     if not path.is_file():
         raise ValueError(f"There is no video {path}: check --video.")
     try:
         frames = imageio_ffmpeg.read_frames(path, output_params=["-vf", f"fps={FPS}"])
         size = next(frames)["size"]
-        pixels = [image_pixels(Image.frombytes("RGB", size, frame), height, width) for frame in frames]
+        pictures = (image_pixels(Image.frombytes("RGB", size, frame), height, width) for frame in frames)
+        pixels = [torch.from_numpy(to_pixels(picture)) for picture in pictures]
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read as a video: give --video a file that ffmpeg can read.") from error
     return torch.stack(pixels, dim=1)
@@ -466,7 +467,7 @@ def settings_of(args: argparse.Namespace, models: Models, sampling: Sampling) ->
     """What all videos of a command depend on."""
     settings = {
         "checkpoint": models.checkpoint.name,
-        "weights": fingerprint(read(models.checkpoint, models.weights).path),
+        "weights": fingerprint(place_of(models.checkpoint)),
         "use_ema": args.use_ema,
         "dtype": models.dtype,
         "decoder": models.tiny_decoder.name if models.tiny_decoder else "VAE",
@@ -547,9 +548,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--prompts", nargs="+", metavar="PROMPT")
     add("--data_path", type=Path, help="a text file with a prompt on each line, a folder of them, or image-text pairs")
     add("--extended_prompt_path", type=Path, help="longer prompts, which the model reads; the short ones name files")
-    add("--i2v", action="store_true", help="--data_path is a folder of image-text pairs: name.jpg and name.txt each")
-    add("--image", type=Path, help="the first frame of every video")
-    add("--video", type=Path, help="a video to be continued")
+    add("--i2v", action="store_true", help=f"--data_path has images, too: {PAIRS}")
+    add("--image", type=Path, help="the first frame of every video, cut to its proportions")
+    add("--video", type=Path, help="a video to be continued, cut likewise")
     add("--negative_prompt", help="what guidance leads away from; by default Wan's own")
     add("--num_samples", type=count, default=1, help="videos per prompt")
     add("--seed", type=int, default=0)
@@ -580,7 +581,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--save_with_index", action="store_true", help="name files by the prompt's number")
     add("--format", nargs="+", choices=tuple(WRITERS), default=["mp4"], help="gif and npz hold a video in memory")
     add("--batch_size", type=count, default=1, help="videos that are made together")
-    add("--device", help="by default this process's GPU, else the CPU")
+    add("--device", default="auto", help="by default this process's GPU, else the CPU")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="by default bfloat16, on a CPU float32")
     add(
         "--compile",
@@ -605,7 +606,7 @@ def pick_models(args: argparse.Namespace) -> Models:
         raise ValueError(
             f"There is no {args.checkpoint}: download Self-Forcing's with `{student}` or Wan's with `{wan}`."
         )
-    device = pick_device(args.device)
+    device = pick_device(args.device, "--device ")
     check_quantised(args.quantise, device)
     names = ("checkpoint", "config", "negative_prompt", "prompt_cache", "tiny_decoder", "text_device", "offload_layers")
     names += ("compile", "quantise")
@@ -623,15 +624,6 @@ def pick_models(args: argparse.Namespace) -> Models:
     return replace(models, model_path=WAN[models.sizes.model_type])
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, else this process's GPU of those that torchrun counts, else the CPU."""
-    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There is no device {name} here: use --device cpu, or one that PyTorch can see.") from error
-
-
 def what_is_given(args: argparse.Namespace, sizes: WanConfig) -> str | None:
     """What fills the cache and is continued: a "video", or the "image" of a text-to-video model."""
     if args.video and args.i2v:
@@ -643,7 +635,7 @@ def what_is_given(args: argparse.Namespace, sizes: WanConfig) -> str | None:
 
 def count_blocks(num_frames: int, frames_per_block: FramesPerBlock, given: str | None, video: Tensor | None) -> int:
     """How many blocks there are to make. Raises ValueError where they cannot be whole."""
-    start = num_latents(usable(video, frames_per_block)) if given == "video" else int(given == "image")
+    start = num_latents(usable(video, frames_per_block).shape[1]) if given == "video" else int(given == "image")
     return len(block_sizes(num_frames, frames_per_block, first_frame=start))
 
 
@@ -672,7 +664,7 @@ def counted(pieces: Iterator[Tensor], bar: tqdm) -> Iterator[Tensor]:
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
     args = parse_arguments(arguments)
     requests, models = read_requests(args), pick_models(args)
-    check_size(models.sizes, args.height, args.width)
+    check_size(args.height, args.width, models.sizes.patch_size)
     given = what_is_given(args, models.sizes)
     options = {name: getattr(args, name) for name in SAMPLING_OPTIONS}
     sampling = choose_sampling(models, args.num_output_frames, given=given, **options)
@@ -683,7 +675,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     outputs = [output for output in outputs if output.index % world_size == rank]
     todo = [output for output in outputs if not output.is_finished(args.format)]
     if todo:
-        make_videos(models, sampling, todo, args, video, num_blocks + (given is not None))
+        shown_first = int(given == "image") if video is None else -(-video.shape[1] // PIECE)
+        make_videos(models, sampling, todo, args, video, num_blocks + shown_first)
     print(f"{args.output_folder}: {len(todo)} videos made, {len(outputs) - len(todo)} were there already")
     return [output.file(ending) for output in outputs for ending in args.format]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from full_scale.pixels import WanVAE
@@ -23,9 +23,10 @@ def image_conditioning(
     """{"image_latents": [B, F, 20, H/8, W/8], "clip_features": [B, 257, 1280]} of videos that begin with `images`.
 
     image_latents: 4 channels of mask, one per picture of a latent frame, 1 where it is given; then the 16 latent
-    channels of a clip that goes on in grey (0) after the image. PIL images are resized to height x width for the VAE;
-    CLIP has a size of its own.
+    channels of a clip that goes on in grey (0) after the image. PIL images are cut to the proportions height : width.
+    The VAE sees them resized to that; CLIP has a size of its own.
     """
+    images = images if isinstance(images, Tensor) else [cut(image, height, width) for image in pictures(images)]
     pixels = image_pixels(images, height, width).to(vae.latents_mean.device)
     video = F.pad(pixels[:, None], (0, 0, 0, 0, 0, 0, 0, 4 * (num_latent_frames - 1)))
     latents = vae.encode(video)
@@ -35,17 +36,30 @@ def image_conditioning(
 
 
 def image_pixels(images: Images, height: int, width: int) -> Tensor:
-    """[B, 3, height, width] in [-1, 1]; tensors pass as they are."""
+    """[B, 3, height, width] in [-1, 1] of pictures that are cut to these proportions; tensors pass as they are."""
     if isinstance(images, Tensor):
         return images
     from diffusers.video_processor import VideoProcessor
 
-    return VideoProcessor(vae_scale_factor=8).preprocess(pictures(images), height=height, width=width)
+    fitting = [cut(image, height, width) for image in pictures(images)]
+    return VideoProcessor(vae_scale_factor=8).preprocess(fitting, height=height, width=width)
 
 
 def pictures(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    """The images in colour and upright: cameras store how they were held instead of turning what they store."""
     images = [images] if isinstance(images, Image.Image) else images
-    return [image.convert("RGB") for image in images]
+    return [ImageOps.exif_transpose(image).convert("RGB") for image in images]
+
+
+def cut(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest part around the middle of an image that has the proportions height : width, to a pixel. Of such a
+    part, all."""
+    scale = min(image.height / height, image.width / width)
+    if image.width == round(image.height / height * width) or image.height == round(image.width / width * height):
+        return image
+    size = round(scale * width), round(scale * height)
+    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))
 
 
 # ----------------------------------------------------------------------------------------------------------- CLIP

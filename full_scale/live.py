@@ -10,13 +10,12 @@ from full_scale.generate import (
     SAMPLING_OPTIONS,
     Models,
     Sampling,
-    check_size,
     choose_sampling,
     parse_arguments,
     pick_models,
 )
 from full_scale.memory import VisitingStream
-from full_scale.pixels import STRIDE
+from full_scale.pixels import STRIDE, check_size
 from full_scale.text import clean
 from live import LiveModel, bounded
 
@@ -53,7 +52,7 @@ def live_wan(models: Models, sampling: Sampling, *, num_frames=21, height=480, w
 
     A block of 3 latent frames is 12 pictures. Raises ValueError for image-to-video models and sizes that do not fit.
     """
-    check_size(models.sizes, height, width)
+    check_size(height, width, models.sizes.patch_size)
     if models.sizes.model_type == "i2v":
         raise ValueError("An image-to-video model sees the image of a whole clip: use python -m full_scale.generate.")
     models.decoder  # noqa: B018  (small; if it cannot be loaded, nobody should wait for the transformer)

@@ -56,7 +56,7 @@ def load_transformer(
     before it is used, all processes of a machine share one copy, and training does not reach the file. Do not write
     into that file meanwhile. Raises ValueError for a path, file, config or key that does not fit, naming it.
     """
-    found = read(Path(path), weights)
+    found = read(path, weights)
     with torch.device("meta"):
         model = TinyCausalWanModel(pick_config(config, found))
     tensors = in_wan_names(found.state_dict, model.state_dict())
@@ -79,15 +79,23 @@ def pick_dtype(dtype: torch.dtype | str | None, tensors: Iterable[Tensor]) -> to
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def read(path: Path, weights: str = "ema") -> Weights:
-    """One network of a folder or file, with wrappers gone from its names, and the config stored with it, if any."""
-    if (path / "transformer" / "config.json").is_file():  # a whole diffusers pipeline
+def place_of(path: str | Path) -> Path:
+    """Where the transformer lies: at the path or, in a whole diffusers pipeline, in a folder of it. Raises ValueError
+    where there is nothing."""
+    path = Path(path)
+    if (path / "transformer" / "config.json").is_file():
         path = path / "transformer"
     if not path.exists():
         example = "hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir wan_models/Wan2.1-T2V-1.3B"
         raise ValueError(
             f"There is no {path}: give a folder or file of weights, downloaded for example by `{example}`."
         )
+    return path
+
+
+def read(path: str | Path, weights: str = "ema") -> Weights:
+    """One network of a folder or file, with wrappers gone from its names, and the config stored with it, if any."""
+    path = place_of(path)
     if (path / sharded_checkpoint.STATE).is_file():
         content, settings = read_sharded(path, weights)
     else:
@@ -96,9 +104,10 @@ def read(path: Path, weights: str = "ema") -> Weights:
 
 
 def read_sharded(folder: Path, weights: str) -> tuple[Mapping, Mapping]:
-    """The networks that are asked for in a training checkpoint of many processes, and the sizes of the generator."""
-    wanted = tuple(f"{name}/" for name in NETWORKS.get(weights, ()))
-    state = sharded_checkpoint.load(folder, wanted=lambda name: name.startswith(wanted))
+    """The best network that is asked for in a training checkpoint of many processes, and its sizes."""
+    kept = read_json(folder / sharded_checkpoint.STATE)
+    best = next((name for name in NETWORKS.get(weights, ()) if kept.get(name)), "")
+    state = sharded_checkpoint.load(folder, wanted=lambda name: name.startswith(f"{best}/"))
     return state, state["config"]["model"]
 
 
@@ -290,6 +299,14 @@ def in_wan_names(tensors: StateDict, names: Iterable[str]) -> StateDict:
 # -------------------------------------------------------------------------------------------------------- configs
 
 REQUIRED = ("model_type", "in_dim", "out_dim", "dim", "ffn_dim", "num_heads", "num_layers")
+
+
+def stored_config(path: str | Path, config: WanConfig | str | Path | None = None, weights: str = "ema") -> WanConfig:
+    """The sizes of what `load_transformer` would load. Of a training checkpoint of many processes no weight is read:
+    all others are mapped."""
+    state = place_of(path) / sharded_checkpoint.STATE
+    sizes = Weights({}, read_json(state)["config"]["model"], state.parent) if state.is_file() else read(path, weights)
+    return pick_config(config, sizes)
 
 
 def pick_config(config: WanConfig | str | Path | None, found: Weights) -> WanConfig:

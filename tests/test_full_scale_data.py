@@ -29,7 +29,7 @@ from full_scale.data import ImageConditions, ImagePrompts, Latents, OdePairs, Pr
 from full_scale.images import image_conditioning, image_pixels, load_image_encoder
 from full_scale.pixels import load_vae
 from full_scale.stored_clips import Clip, Clips, write_clip
-from full_scale.text import TextEncoder
+from full_scale.text import NEGATIVE_PROMPT, TextEncoder, clean
 from full_scale.wan import load_transformer
 from ode_pairs import grid
 from randomness import generator, generators, rand, randn
@@ -247,6 +247,24 @@ def test_an_interrupted_lmdb_goes_on_where_it_stopped(tmp_path, monkeypatch):
         build("lmdb", "--data_path", tmp_path / "clips", "--lmdb_path", tmp_path / "theirs")
 
 
+@pytest.mark.parametrize("other", ["prompts", "numbers"])
+def test_an_lmdb_is_not_gone_on_with_from_other_clips(tmp_path, monkeypatch, other):
+    """As many others, made with the same settings; the same clips out of an LMDB are the same."""
+    clips = folder_of(tmp_path / "clips")
+    for i, clip in enumerate(clips):
+        prompt = f"other {i}" if other == "prompts" else clip.prompt
+        write_clip(tmp_path / "others" / f"{i}.npz", Clip(prompt, clip.latents + (other == "numbers")), SETTINGS)
+    build("lmdb", "--data_path", tmp_path / "clips", "--lmdb_path", tmp_path / "whole")
+    command = ["lmdb", "--lmdb_path", tmp_path / "lmdb", "--data_path"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_at(patch, stored_clips, "put_clip", 4)
+        build(*command, tmp_path / "clips")
+    with pytest.raises(ValueError, match="lmdb and this command differ in contents, .*: choose another path"):
+        build(*command, tmp_path / "others")
+    build(*command, tmp_path / "whole")
+    assert_clips(Clips(tmp_path / "lmdb"), clips)
+
+
 def test_processes_share_out_lmdbs_and_files(tmp_path, as_process):
     """Every process writes its own, and none of the others'."""
     clips = folder_of(tmp_path / "clips")
@@ -397,6 +415,18 @@ def test_prompts_are_encoded_once_by_two_processes(wan, tmp_path, as_process, mo
     assert len(encoded) == len(PROMPTS) + 1
 
 
+def test_the_prompts_of_a_run_alone_are_encoded(wan, tmp_path, monkeypatch):
+    """--num_samples: the first of the row that training reads with that seed, and the negative one; no others."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    encoded = interrupted_at(monkeypatch, TextEncoder, "encode", None)
+    paths = ["--prompts", tmp_path / "prompts.txt", "--cache", tmp_path / "cache", "--model_path", wan]
+    build("prompts", *paths, "--num_samples", 2, "--seed", 3)
+    run = Prompts(tmp_path / "prompts.txt", seed=3).batch(range(2))["prompts"]
+    assert run != Prompts(tmp_path / "prompts.txt", seed=0).batch(range(2))["prompts"] != PROMPTS[:2]
+    assert {arguments[1] for arguments in encoded} == {clean(prompt) for prompt in (*run, NEGATIVE_PROMPT)}
+    assert len(encoded) == 3
+
+
 # ------------------------------------------------------------------------------------------------------------- latents
 
 
@@ -466,7 +496,8 @@ def test_faulty_videos_do_not_keep_the_others_from_being_made(wan, videos, tmp_p
     mistakes = {
         "There are no videos in .*nowhere": ["--videos", tmp_path / "nowhere"],
         "There is no prompt for .*a.mp4: write it to .*out/a.txt": ["--prompts", tmp_path / "out"],
-        "--num_frames 8, --height 32 or --width 48 is none": ["--num_frames", 8],
+        "--num_frames must be 1 . 4 n, got 8: use 5 or 9": ["--num_frames", 8],
+        "--height must be a multiple of 16, got 40: use 32 or 48": ["--height", 40],
     }
     for sentence, options in mistakes.items():
         with pytest.raises(ValueError, match=sentence):

@@ -11,7 +11,9 @@ from PIL import Image
 from small_wan import CLIP_FILE, CLIP_NAMES, in_wan_names, write_clip, write_vae
 
 from full_scale import images
-from full_scale.images import image_conditioning, image_pixels, load_image_encoder
+from full_scale.data import ImageConditions, ImagePrompt
+from full_scale.data import picture as picture_of
+from full_scale.images import cut, image_conditioning, image_pixels, load_image_encoder
 from full_scale.pixels import load_vae
 from full_scale.wan import WAN_CONFIGS
 from randomness import generator, rand, randn
@@ -119,6 +121,41 @@ def test_pixels_of_a_dataset_will_do(vae, clip):
     torch.testing.assert_close(ours["image_latents"], expected["image_latents"], **CLOSE)
     difference = (ours["clip_features"] - expected["clip_features"]).abs().mean()
     assert difference < 0.02 * expected["clip_features"].std()
+
+
+def test_images_are_cut_and_never_squeezed(vae, clip):
+    """Of other proportions, the middle part is what VAE and CLIP see; cutting it again takes nothing more away."""
+    wide, tall = picture(64, 120), picture(75, 60, seed=1)
+    for image, box in ((wide, (12, 0, 108, 64)), (tall, (0, 18, 60, 58))):  # with bars of 12 and about 18 pixels
+        part = image.crop(box)
+        assert cut(image, 32, 48).size == part.size and cut(part, 32, 48).size == part.size
+        assert torch.equal(image_pixels(image, 32, 48), image_pixels(cut(image, 32, 48), 32, 48))
+    expected = image_conditioning(wide.crop((12, 0, 108, 64)), 1, vae, clip, height=32, width=48)
+    for name, x in image_conditioning(wide, 1, vae, clip, height=32, width=48).items():
+        assert torch.equal(x, expected[name])
+    for size in ((97, 58), (101, 61), (333, 517), (48, 32), (31, 31), (1000, 999)):
+        once = cut(Image.new("RGB", size), 480, 832)
+        assert cut(once, 480, 832).size == once.size
+        assert abs(once.width - once.height * 832 / 480) <= 1 + 832 / 480 / 2 and 0 in (
+            size[0] - once.width,
+            size[1] - once.height,
+        )
+
+
+def test_images_are_upright(pipeline, vae, clip, tmp_path):
+    """A camera that was turned stores the picture lying and says so: read by a user, and by training's data."""
+    upright, exif = picture(96, 64), Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
+    lying = Image.open(tmp_path / "lying.png")
+    assert lying.size == (96, 64) and picture_of(ImagePrompt("p", tmp_path / "lying.png")).size == (64, 96)
+    assert torch.equal(image_pixels(lying, 48, 32), image_pixels(upright, 48, 32))
+    expected = image_conditioning(upright, 1, vae, clip, height=48, width=32)
+    for seen in (
+        image_conditioning(lying, 1, vae, clip, height=48, width=32),
+        ImageConditions(pipeline)(lying, 1, 48, 32),
+    ):
+        assert all(torch.equal(seen[name], x) for name, x in expected.items())
 
 
 def test_conditioning_fits_the_transformer(pipeline, tmp_path, vae):

@@ -84,7 +84,7 @@ def test_less_memory_is_the_same_video(student, wan, tmp_path, monkeypatch):  # 
         (["--prompts", "a cat"], "--prompts means nothing here"),
         (["--format", "gif"], "--format means nothing here"),
         (["--image", "a.png"], "--i2v means nothing here"),
-        (["--height", "30"], "must be multiples of 16 and 16"),
+        (["--height", "30"], "--height must be a multiple of 16, got 30: use 16 or 32"),
         (["--mode", "few-step", "--num_steps", "3"], "num_steps are those of many-step sampling"),
     ],
 )
