@@ -274,7 +274,7 @@ def random_model(seed: int) -> LoadedModel:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", default="checkpoints/student.safetensors", help=".safetensors, or train.py's .pt")
+    add("--checkpoint", help=".safetensors, or train.py's .pt; by default the shipped student, or the released of Wan")
     add("--no_checkpoint", action="store_true", help="the tiny model at random instead")
     add("--layer_index", type=int, default=0, help="counted from 0")
     add("--output_path", type=Path, help="by default outputs/attention/layer{layer_index}.pt")
@@ -286,23 +286,31 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--num_frames", type=int, help="a whole number of blocks; by default the training length")
     add("--seed", type=int, default=0)
     add("--model_path", type=Path, help="folder of Wan's text encoder: the checkpoint is then one of Wan's size")
-    add("--height", type=int, default=480, help="pixels, with --model_path")
+    add("--height", type=int, default=480, help="pixels; this and the next four with --model_path")
     add("--width", type=int, default=832)
+    add("--config", help="of a checkpoint that does not tell its sizes, as in full_scale.generate")
+    add("--device", help="by default this process's GPU, else the CPU")
+    add("--dtype", help="by default bfloat16, on a CPU float32")
     add("--picture", type=Path, help="also draw the heat maps: .png, .svg or .pdf")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     args = parse_arguments(arguments)
+    if args.model_path and args.no_checkpoint:
+        raise ValueError("--no_checkpoint is the tiny model at random, --model_path is for Wan: leave one of them out.")
     name = f"blocks.{args.layer_index}.self_attn"
     options = {"num_frames": args.num_frames, "seed": args.seed, "step": args.step, "logits": args.logits}
     if args.model_path:
-        from full_scale.attention_capture import Models, capture_wan
+        from full_scale.attention_capture import capture_wan, pick_wan
 
-        models = Models(Path(args.checkpoint), args.model_path)
+        which = ("checkpoint", "model_path", "config", "device", "dtype")
+        models = pick_wan(**{option: getattr(args, option) for option in which})
+        args.checkpoint = str(models.checkpoint)
         sizes = {"num_frames": args.num_frames or 21, "height": args.height, "width": args.width}
         watched = capture_wan(models, args.prompts, [name], **options | sizes)
     else:
+        args.checkpoint = args.checkpoint or "checkpoints/student.safetensors"
         loaded = random_model(args.seed) if args.no_checkpoint else load_model(args.checkpoint)
         watched = capture_video(loaded, args.prompts, [name], **options)
     path = args.output_path or Path(f"outputs/attention/layer{args.layer_index}.pt")

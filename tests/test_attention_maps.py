@@ -328,6 +328,7 @@ MISTAKES = {
     "whole clips": (["--checkpoint", "checkpoints/teacher.safetensors", "--step", "context"], "use --step first"),
     "output": (["--num_frames", "3", "--output_path", "/proc/x/y.pt"], "/proc/x"),
     "picture": (["--num_frames", "3", "--picture", "x.txt"], "end its name in .png"),
+    "random Wan": (["--no_checkpoint", "--model_path", "x"], "--model_path is for Wan: leave one of them out"),
 }
 
 

@@ -6,15 +6,17 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from PIL import Image
 from safetensors.torch import save_file
 from small_wan import write_clip, write_text_encoder, write_tiny_decoder, write_vae
@@ -25,7 +27,7 @@ import attention_maps
 from checkpoint import save_checkpoint
 from dynamic_video_sf import RolloutConfig
 from flow_match import FlowMatchScheduler
-from full_scale import attention_capture, generate
+from full_scale import attention_capture, generate, parallelize, sharded_checkpoint
 from full_scale.convert import save_transformer
 from full_scale.generate import Models, Sampling, choose_sampling, stream_latents, stream_video
 from full_scale.images import image_pixels
@@ -35,9 +37,10 @@ from full_scale.pretrained import DOWNLOADS
 from full_scale.sharded_checkpoint import STATE
 from full_scale.speed import quantise
 from full_scale.text import TextEncoder
-from full_scale.wan import WAN_CONFIGS
+from full_scale.wan import WAN_CONFIGS, load_transformer, stored_config
 from generate import sample_keys
 from kv_cache import KVCache
+from ode_pairs import grid
 from randomness import generator, rand, randn
 from tiny_causal_wan import TinyCausalWanModel, exact_attention
 
@@ -418,20 +421,24 @@ def test_a_continued_video_goes_on_as_it_would_have(many_step, window_frames):
     assert not torch.allclose(other, whole[:, 5:], atol=1e-2)
 
 
-def test_a_given_video_comes_first_and_is_continued(student, wan, models, tmp_path):
-    """All its frames, as they were given; then what follows its last whole blocks, decoded without a seam."""
+def test_a_given_video_comes_first_and_is_continued(student, wan, models, tmp_path, monkeypatch):
+    """All its frames, as they were given; then what follows its last whole blocks, decoded without a seam. It is held
+    as bytes, and shown and encoded a few pictures at a time."""
+    monkeypatch.setattr(generate, "PIECE", 4)
     (made,) = run(tmp_path, student, wan, "--prompts", PROMPTS[0], format=("mp4",))
     given = generate.read_video(made, HEIGHT, WIDTH)
     longer = tmp_path / "longer.mp4"
-    shown = ((given[0, [0, 0, *range(9)]] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    shown = given[0, [0, 0, *range(9)]].permute(0, 2, 3, 1).numpy()
     imageio.imwrite(longer, shown, fps=16, codec="libx264", quality=10, macro_block_size=1)
     video = generate.read_video(longer, HEIGHT, WIDTH)
-    assert given.shape[1] == 9 and video.shape[1] == 11
+    assert given.shape[1] == 9 and video.shape[1] == 11 and video.dtype == torch.uint8
+    shown = stream_video(models, PROMPTS[:1], FEW, num_frames=3, height=HEIGHT, width=WIDTH, video=video)
+    assert [piece.shape[1] for piece in islice(shown, 3)] == [4, 4, 3]
     (path,) = run(tmp_path / "out", student, wan, "--prompts", PROMPTS[1], "--video", longer, "--seed", 4)
     found = torch.from_numpy(pixels(path))
     assert len(found) == 11 + 4 * 3
-    assert torch.equal(found[:11], ((video[0] + 1) / 2 * 255).round().byte())
-    past = models.vae.encode(video[:, 2:])
+    assert torch.equal(found[:11], video[0])
+    past = models.vae.encode(video[:, 2:] / 127.5 - 1)
     (key,) = sample_keys(PROMPTS[1:], 4)
     new = torch.cat([*stream_latents(models.transformer, FEW, models.text(PROMPTS[1:]), [key], 3, LATENT, past=past)])
     expected = models.vae.decode(torch.cat([past, new], dim=1))[0, 9:]
@@ -439,12 +446,13 @@ def test_a_given_video_comes_first_and_is_continued(student, wan, models, tmp_pa
 
 
 def test_frames_are_read_at_sixteen_a_second(tmp_path):
-    """A video of another speed is thinned out, not slowed down; one of another size is resized."""
-    frames = np.broadcast_to(np.linspace(0, 250, 33)[:, None, None, None], (33, 64, 64, 3)).astype(np.uint8)
+    """A video of another speed is thinned out, not slowed down; one of other proportions loses its margins, white."""
+    frames = np.broadcast_to(np.linspace(0, 250, 33)[:, None, None, None], (33, 64, 128, 3)).astype(np.uint8)
+    frames[:, :, :12] = frames[:, :, -12:] = 255  # 64 x 96 of it are left
     imageio.imwrite(tmp_path / "fast.mp4", frames, fps=32, macro_block_size=1)
     video = generate.read_video(tmp_path / "fast.mp4", HEIGHT, WIDTH)
-    assert video.shape == (1, 17, 3, HEIGHT, WIDTH) and video.abs().max() <= 1
-    brightness = (video[0].mean((1, 2, 3)) + 1) * 127.5
+    assert video.shape == (1, 17, 3, HEIGHT, WIDTH)
+    brightness = video[0].float().mean((1, 2, 3))
     assert (brightness - torch.linspace(0, 250, 17)).abs().max() < 4
 
 
@@ -467,7 +475,7 @@ def test_an_image_is_the_first_frame_of_a_text_to_video_model(student, wan, mode
 
 
 def test_image_text_pairs(student, wan, tmp_path):
-    """Each video begins with its own image, in the order of the files' names, named by its own text."""
+    """Each video begins with its own image, in the order of the files' names, named by its own text; or by a list."""
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     images = [picture(pairs, name, seed) for seed, name in enumerate(("b.jpg", "a.png"))]
@@ -478,6 +486,10 @@ def test_image_text_pairs(student, wan, tmp_path):
     for path, image in zip(paths, images[::-1], strict=True):
         first = image_pixels(Image.open(image), HEIGHT, WIDTH)[0]
         assert torch.equal(torch.from_numpy(pixels(path)[0]), ((first + 1) / 2 * 255).round().byte())
+    listed = [{"file_name": image.name, "caption": text} for image, text in zip(images, PROMPTS, strict=True)]
+    (tmp_path / "target_crop_info_pairs.json").write_text(json.dumps(listed))  # CausVid's
+    again = run(tmp_path / "list", student, wan, "--i2v", "--data_path", tmp_path / "target_crop_info_pairs.json")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths[::-1]]
 
 
 def test_an_image_to_video_model(wan_i2v, tmp_path):
@@ -587,6 +599,58 @@ def test_several_processes_share_the_prompts(student, wan, tmp_path, monkeypatch
     assert not torch.distributed.is_initialized()
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    """Without a number, a device is the one that torchrun counts, for whoever asks; a number is obeyed, but not by
+    several processes that train together. The GPUs are stand-ins."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda shape, device: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, number in {"auto": 3, "cuda": 3, "cuda:1": 1}.items():
+        assert generate.pick_device(name) == parallelize.join(name) == chosen.pop() == torch.device("cuda", number)
+    assert generate.pick_device("cpu") == parallelize.join("cpu") == torch.device("cpu") and not chosen
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parallelize.join("cuda") == torch.device("cuda:3")
+    with pytest.raises(ValueError, match="training.device=cuda:1 is one for all processes: leave the number away"):
+        parallelize.join("cuda:1")
+
+
+def write_sharded(folder, networks, config):
+    """A training checkpoint of many processes with these networks; the tensors of an optimizer besides."""
+    state = {name: network and network.state_dict() for name, network in networks.items()}
+    record = {"model": asdict(config), "training": {"stage": "self_forcing", "num_frames_per_block": 3}}
+    state |= {"optimizer_state_dict": [{"state": {0: {"exp_avg": torch.ones(4)}}}], "config": record}
+    tensors = {}
+    rest = sharded_checkpoint.take_apart(state, tensors)
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True), no_dist=True)
+    (folder / STATE).write_text(json.dumps(rest))
+    return folder
+
+
+def test_of_a_training_checkpoint_is_read_what_is_needed(wan, tmp_path, monkeypatch):
+    """The average alone, once, in a whole command; the raw weights where they are asked for, or where there is no
+    average; for its sizes nothing. The video is that of the same weights in a file."""
+    average, raw = build(seed=2), build(seed=1)
+    networks = {"generator_state_dict": raw, "critic_state_dict": build(seed=3), "ema_state_dict": average}
+    folder = write_sharded(tmp_path / "checkpoint_final", networks, CONFIGS["t2v"])
+    young = write_sharded(tmp_path / "young", networks | {"ema_state_dict": None}, CONFIGS["t2v"])
+    load, reads = dcp.load, []
+    monkeypatch.setattr(
+        dcp, "load", lambda x, **options: reads.append({name.split("/")[0] for name in x}) or load(x, **options)
+    )
+    (path,) = run(tmp_path / "sharded", folder, wan, "--prompts", PROMPTS[0])
+    assert reads == [{"ema_state_dict"}]
+    save_transformer(average, tmp_path / "same.safetensors")
+    (other,) = run(tmp_path / "file", tmp_path / "same.safetensors", wan, "--prompts", PROMPTS[0])
+    assert np.array_equal(pixels(path), pixels(other))
+    assert stored_config(folder) == CONFIGS["t2v"] and len(reads) == 1
+    for place, weights in ((folder, "raw"), (young, "ema")):
+        assert torch.equal(load_transformer(place, weights=weights).head.modulation, raw.head.modulation)
+    assert reads[1:] == [{"generator_state_dict"}] * 2
+
+
 # ---------------------------------------------------------------------------------------------------- low memory
 
 
@@ -601,7 +665,7 @@ def test_low_memory_changes_no_output(wan_i2v, tmp_path, monkeypatch):
 
 def test_where_networks_live(student, wan, monkeypatch):
     """On the device, here meta; VAE and layers on the CPU as far as the options say so. The kernel is as chosen."""
-    monkeypatch.setattr(generate, "pick_device", torch.device)
+    monkeypatch.setattr(generate, "pick_device", lambda name, option: torch.device(name))
     monkeypatch.setattr(generate, "load_vae", lambda path, device: nn.Linear(1, 1, device=device))
     own = ["--checkpoint", student, "--model_path", wan, "--config", wan / "config.json", "--attention", "exact"]
     places = {}
@@ -766,7 +830,7 @@ def test_nothing_waits_for_the_device(guidance_scale, many_step):
     )
     model.attention = generate.fastest_attention
     guided = generate.Guided(model, uncond, guidance_scale) if guidance_scale != 1 else model
-    rollout = RolloutConfig(generate.even_steps(4), sink_frames=1, window_frames=3)
+    rollout = RolloutConfig(grid(4), sink_frames=1, window_frames=3)
     sampling = Sampling(rollout, guidance_scale=guidance_scale, many_step=many_step)
     video = latents(guided, sampling, 12, cond, past=past, device="meta")
     assert video.device.type == "meta" and video.shape[1] == 12
@@ -817,7 +881,7 @@ MISTAKES = {
     "--data_path empty.txt": "empty.txt holds no prompt: give .*",
     "--data_path two.txt --extended_prompt_path one.txt": "one.txt holds 1 prompts for 2: give one each, in order.",
     "--prompts cat --i2v": "--i2v needs images: add --data_path with a folder of image-text pairs, or --image FILE.",
-    "--i2v --data_path one.txt": "one.txt holds no image-text pairs: --i2v wants a folder of name.jpg and name.txt .*",
+    "--i2v --data_path one.txt": "one.txt holds no image-text pairs: give a folder of name.jpg and name.txt each, .*",
     "--i2v --data_path pairs": "There is no prompt for pairs/a.png: write it to pairs/a.txt.",
     "--prompts cat --image nowhere.png": "There is no image nowhere.png: check --image.",
     "--prompts cat --video nowhere.mp4": "There is no video nowhere.mp4: check --video.",
@@ -828,7 +892,7 @@ MISTAKES = {
     "--prompts cat --bidirectional --frames_per_block 3": "This makes all frames at once, .*: use --no-bidirectional.",
     "--prompts cat --num_output_frames 4": r"4 frames are not a whole number of blocks .* use 3 or 6 frames.",
     "--prompts cat --image pairs/a.png --num_output_frames 4": r"4 frames are not a whole .*; use 3 or 6 frames.",
-    "--prompts cat --height 40": "--height 40 and --width 48 must be multiples of 16 and 16, such as 480 and 832.",
+    "--prompts cat --height 40": "--height must be a multiple of 16, got 40: use 32 or 48.",
     "--prompts cat --denoising_steps 250 1000": "denoising_steps must fall strictly from 1000.*",
     "--prompts cat --num_steps 9": "num_steps are those of many-step sampling: use --mode many-step, or .*",
     "--prompts cat --shift 0": "shift must be positive, got 0.*",
@@ -837,7 +901,7 @@ MISTAKES = {
     "--prompts cat --model_path pairs": "pairs holds neither .*: download the VAE with `hf download .*",
     "--prompts cat --tiny_decoder taew2_1.pth": "There is no taew2_1.pth: download it with `curl .*",
     "--prompts cat --quantise float8": "cpu does not multiply in float8, .*: use --quantise float8-weights.",
-    "--prompts cat --device cuda:99": "There is no device cuda:99 here: use --device cpu, .*",
+    "--prompts cat --device cuda:99": "--device cuda:99 is not to be had on this machine; use .*cpu.",
     "--prompts a/b a?b": "Several videos would be out/a_b-0.npz: use --save_with_index.",
 }
 
@@ -934,8 +998,32 @@ def test_attention_of_wan_is_that_of_the_video(wan, tmp_path, monkeypatch, capsy
     assert torch.equal(torch.cat(seen, dim=1), latents)
 
 
+def test_attention_is_captured_where_and_how_full_scale_generate_works(student, wan, monkeypatch):
+    """--config, --device and --dtype are its options, the released student its default; UMT5 has left by then."""
+    monkeypatch.setattr(generate, "STUDENT", student)
+    chosen, loaded = [], []
+    load, capture = generate.load_transformer, attention_capture.capture_wan
+
+    def watched(path, **options):
+        loaded.append((path, "model" in vars(chosen[0].text.encoder)))
+        return load(path, **options)
+
+    monkeypatch.setattr(generate, "load_transformer", watched)
+    monkeypatch.setattr(
+        attention_capture, "capture_wan", lambda models, *a, **o: chosen.append(models) or capture(models, *a, **o)
+    )
+    monkeypatch.setattr(attention_maps, "save_layer", lambda *_, **about: chosen.append(about))
+    command = ["--model_path", wan, "--config", wan / "config.json", "--dtype", "bfloat16", "--num_frames", 3, *SIZE]
+    attention_maps.main([str(word) for word in (*command, "--device", "cpu")])
+    models, about = chosen
+    assert (models.device.type, models.dtype, models.sizes) == ("cpu", "bfloat16", CONFIGS["t2v"])
+    assert loaded == [(student, False)] and about["checkpoint"] == str(student)
+    with pytest.raises(ValueError, match="--device cuda:99 is not to be had"):
+        attention_maps.main([str(word) for word in (*command, "--device", "cuda:99")])
+
+
 def test_attention_of_whole_clips_has_no_context(wan, wan_i2v):
     with pytest.raises(ValueError, match="keeps no context: use --step first"):
         attention_capture.capture_wan(Models(wan, wan), PROMPTS[:1], num_frames=3, height=32, width=48, step="context")
-    with pytest.raises(ValueError, match="text-to-video model works"):
+    with pytest.raises(ValueError, match="image-to-video models is not captured"):
         attention_capture.capture_wan(Models(wan_i2v, wan_i2v), PROMPTS[:1], num_frames=3, height=32, width=48)
