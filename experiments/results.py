@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.gaussian_mixture import draw as draw_mixture
 from experiments.run import HERE, all_runs, experiments, home_of, load_plan, measure, unpack
 from visualization import plot_metric_curves, plot_sick_runs
 
@@ -233,6 +234,7 @@ def mixture_section() -> str:
     if not path.exists():
         return ""
     record = json.loads(path.read_text())
+    draw_mixture(record, FIGURES / "gaussian_mixture.png")
     rows = [[row, f"{x['on_target']:.2f}", f"{x['share_error']:.2f}"] for row, x in record["distilled"].items()]
     between = [f"{share:.2f} after those of a {name}" for name, share in record["between_the_modes"].items()]
     return "\n\n".join(

@@ -30,8 +30,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from checkpoint import atomic, load_weights, save_weights
-from experiments.ship import fingerprint
+from checkpoint import atomic, fingerprint, load_weights, save_weights
 from moving_mnist import WorldConfig
 from run_folder import Evaluations, machine
 

@@ -531,18 +531,6 @@ def test_a_prefilled_cache_is_that_of_a_rollout_that_made_the_same(model):
         prefill(model, SCHEDULER, start(3), prompt(), config)
 
 
-def test_image_to_video_is_a_first_frame_on_its_own(model):
-    """frames_per_block=(1, 3): the image fills the cache, the rollout begins with a whole block after it."""
-    config, image = RolloutConfig(frames_per_block=(1, 3)), start(1).tanh()
-    cache = prefill(model, SCHEDULER, image, prompt(), config)
-    video = generate(model, SCHEDULER, start(6), prompt(), config, cache=cache, rng=rng())
-    other = generate(
-        model, SCHEDULER, start(6), prompt(), config, rng=rng(),
-        cache=prefill(model, SCHEDULER, -image, prompt(), config),
-    )  # fmt: skip
-    assert video.shape[1] == 6 and not torch.allclose(video, other)
-
-
 def test_a_cache_under_another_prompt(model):
     """recache keeps frames and place; under the old prompt it changes nothing that one layer can tell, under a new one
     every key and value that the prompt reaches."""
