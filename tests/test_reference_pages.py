@@ -141,8 +141,8 @@ def test_glossary_is_alphabetical():
     assert order == sorted(order) and len(order) >= 60
     wanted = "block frame chunk layer token rollout exitstep sink window critic dmd sid exposurebias teacherforcing"
     wanted += " diffusionforcing cfg shift consistency odepair ema kvcache rope modulation patch latent codec fsdp mesh"
-    wanted += " init judge guidance uncond kldivergence modecollapse modeseeking fisherdivergence crossattention exitrule"
-    wanted += " freshrollouts microbatch gradientaccumulation tfanddf"
+    wanted += " init judge guidance uncond kldivergence modecollapse modeseeking fisherdivergence crossattention"
+    wanted += " exitrule freshrollouts microbatch gradientaccumulation tfanddf"
     assert {*wanted.split()} <= {*order}
 
 
