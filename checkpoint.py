@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -40,7 +41,8 @@ def atomic(path: str | Path):
     """A temporary path that takes the place of `path`, flushed to disk, when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unique = uuid4().hex  # a process's number is not: on a shared disk, another machine's or container's has it too
+    temporary = path.with_name(f".{path.name}.{unique}.tmp")
     try:
         yield temporary
         _flush(temporary)

@@ -102,6 +102,20 @@ def test_an_error_during_a_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_writers_with_the_same_process_number_do_not_meet(tmp_path, monkeypatch):
+    """Two machines write the same file on a shared disk, one within the other's time: each has a file of its own, of
+    the kind that train.py clears away, and the last to end is what is read."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in every container
+    with atomic(tmp_path / "state.json") as first:
+        first.write_text("first")
+        with atomic(tmp_path / "state.json") as second:
+            second.write_text("second")
+            assert {first, second} == {*tmp_path.glob(".*.tmp")} and first != second
+        assert (tmp_path / "state.json").read_text() == "second"
+    assert (tmp_path / "state.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+
+
 def test_folders_are_made_on_the_way(tmp_path):
     """A checkpoint may be the first thing in a new folder."""
     save_checkpoint(tmp_path / "a" / "b" / "last.pt", OLD)
