@@ -30,6 +30,7 @@ from tiny_causal_wan import TinyCausalWanModel
 T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METHODS = ("remember",)  # besides forward, what is called on a model and needs its parameters
+COMPILATIONS = 64  # of the layers: PyTorch's limit of 8, for all networks together, is passed in the first step
 
 
 class FullySharded:
@@ -37,11 +38,12 @@ class FullySharded:
 
     precision: what the networks compute in, "bf16" or "fp32"; what is trained, its average and the sum of gradients are
     fp32. processes_per_replica: shards are shared out among so many neighbours, such as the GPUs of one machine, and
-    each such group holds a whole model (hybrid sharding); None: among all. checkpoint_activations keeps of a layer that
-    is trained only its input, and computes it again for the gradient. offload keeps parameters, gradients and optimizer
-    in the memory of the CPU. compile: each layer, with torch.compile. sequence_parallel: so many neighbours work on the
-    same samples, each on a share of the tokens (full_scale/ulysses.py); a network that is no Wan transformer, such as a
-    text encoder or a discriminator, is computed whole by each. Raises ValueError for what does not fit together.
+    each such group holds a whole model (hybrid sharding); None: among all. checkpoint_activations keeps of a layer only
+    its input and computes it again for the gradient; of frozen networks too, since SiD's passes through the teacher.
+    offload keeps parameters, gradients and optimizer in the memory of the CPU. compile: each layer, with torch.compile.
+    sequence_parallel: so many neighbours work on the same samples, each on a share of the tokens
+    (full_scale/ulysses.py); a network that is no Wan transformer, such as a text encoder or a discriminator, is
+    computed whole by each. Raises ValueError for what does not fit together.
     """
 
     def __init__(
@@ -80,17 +82,19 @@ class FullySharded:
         """The same model, every layer of it and what is left sharded. What is trained becomes float32 on the way; what
         is frozen the dtype that it computes in, for float32 would take twice the memory and say the same.
 
-        In the order that PyTorch documents: sequence, recomputation, compilation, sharding, from the layers up. Layers
-        are wrapped at their forward, so that no parameter changes its name.
+        In this order, from the layers up: compilation, sequence, recomputation, sharding. Recomputation inside what is
+        compiled, as is usual, would leave a layer uncompiled as soon as anything in it cannot be: flex_attention, or
+        the noting of how tokens lie. Layers are wrapped at their forward, so that no parameter changes its name.
         """
+        dtype = torch.float32 if trained else self.sharding["mp_policy"].param_dtype
+        for layer in layers(model) if self.compile else ():
+            layer.forward = torch.compile(layer.forward, recompile_limit=COMPILATIONS)
         if self.neighbours and isinstance(model, TinyCausalWanModel):
             share_sequence(model, self.neighbours)
-        dtype = torch.float32 if trained else self.sharding["mp_policy"].param_dtype
         for layer in layers(model):
-            if trained and self.checkpoint_activations:
+            if self.checkpoint_activations:  # without a gradient it is a plain call
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-            if self.compile:
-                layer.forward = torch.compile(layer.forward)
+            layer.compile = compiled_before_sharded
             fully_shard(layer.to(dtype), **self.sharding)
         fully_shard(model.to(dtype), **self.sharding)
         for method in METHODS:
@@ -145,6 +149,14 @@ class FullySharded:
     def finish(self) -> None:
         """Wait until what is being written is on disk."""
         self.writer.wait()
+
+
+def compiled_before_sharded(**options) -> None:
+    """What a placed layer's own `compile` says, which training.compile calls."""
+    raise ValueError(
+        "Layers that are shared out among processes are compiled before that: leave training.compile=false and set "
+        "processes.compile=true."
+    )
 
 
 def join(device: str) -> torch.device:

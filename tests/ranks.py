@@ -36,6 +36,20 @@ def on_ranks(count, function, *arguments, folder):
     return [result["value"] for result in told]
 
 
+def sharded_how():
+    """A list that grows by what full_scale.parallelize gives to fully_shard; in a process of on_ranks alone."""
+    from full_scale import parallelize
+
+    given, shard = [], parallelize.fully_shard
+
+    def watch(module, **how):
+        given.append(how)
+        return shard(module, **how)
+
+    parallelize.fully_shard = watch
+    return given
+
+
 def _child(rank, count, function, arguments, folder):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))

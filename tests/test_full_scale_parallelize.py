@@ -2,17 +2,23 @@
 
 import json
 import os
+import threading
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from ranks import on_ranks, sharded_how
 from tiny_runs import assert_same, final_state, make_weights, options, rows
 from torch import nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import train
+from dynamic_video_sf import RolloutConfig, dmd_loss, flow_matching_loss, rollout, sid_loss
+from flow_match import FlowMatchScheduler
 from full_scale import sharded_checkpoint
 from full_scale.parallelize import FullySharded
+from tiny_causal_wan import TinyCausalWanModel, WanConfig, sdpa_attention
 
 SHARDED = ["processes._target_=full_scale.parallelize.FullySharded", "+processes.precision=fp32"]
 LAYERS = "model.num_layers=2"
@@ -150,6 +156,174 @@ def test_the_bf16_recipe_trains(weights, tmp_path):
 # ------------------------------------------------------------------------------------------------------- one by one
 
 
+def small_wan(seed=0, num_layers=2):
+    """A network whose every parameter is random, and a list that grows by the layer's number with each self-attention
+    that Python computes."""
+    torch.manual_seed(seed)
+    model, calls = TinyCausalWanModel(WanConfig("t2v", 4, 4, 16, 16, 2, num_layers, (1, 2, 2), 8, 4, 16)), []
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+
+    def count(q, k, v, *, mask=None, layer=None, kind=None):
+        if kind == "self":
+            calls.append(layer)
+        return sdpa_attention(q, k, v, mask=mask)
+
+    model.attention = count
+    return model, calls
+
+
+def clip():
+    """A clip of small_wan's that wants a gradient, its time and its prompt."""
+    torch.manual_seed(1)
+    return torch.randn(1, 3, 4, 4, 4, requires_grad=True), 0.5, {"prompt_embeds": torch.randn(1, 3, 8)}
+
+
+def seen(rank, options):
+    """What becomes of a network: what fully_shard is given, how a parameter lies, how often layers are computed."""
+    given, (model, calls) = sharded_how(), small_wan()
+    model = FullySharded("cpu", **options).place(model, trained=True)
+    y, forward = model(*clip()), len(calls)
+    y.square().mean().backward()
+    weight, policies = model.blocks[1].ffn[0].weight, [how["mp_policy"] for how in given]
+    return {
+        "units": len(given),
+        "mesh": {tuple(how["mesh"].shape) for how in given},
+        "lies": [f"{type(way).__name__}" for way in weight.placements],
+        "resharded": {how["reshard_after_forward"] for how in given},
+        "computes": {policy.param_dtype for policy in policies},
+        "sums": {policy.reduce_dtype for policy in policies},
+        "inputs cast": {policy.cast_forward_inputs for policy in policies},
+        "offload": {type(how.get("offload_policy")).__name__ for how in given},
+        "computed": (forward, len(calls) - forward),
+    }
+
+
+PLAIN = {
+    "units": 3, "mesh": {(2,)}, "lies": ["Shard"], "resharded": {True}, "computes": {torch.bfloat16},
+    "sums": {torch.float32}, "inputs cast": {False}, "offload": {"NoneType"}, "computed": (2, 2),
+}  # fmt: skip
+OPTIONS = {
+    "as it is": ({}, {}),
+    "fp32": ({"precision": "fp32"}, {"computes": {torch.float32}}),
+    "hybrid": ({"processes_per_replica": 1}, {"mesh": {(2, 1)}, "lies": ["Replicate", "Shard"]}),
+    "activations kept": ({"checkpoint_activations": False}, {"computed": (2, 0)}),
+    "offload": ({"offload": True}, {"offload": {"CPUOffloadPolicy"}}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_does_what_it_says(tmp_path, name):
+    """Each changes what it is there for, and that alone: sharding of every layer, precision, recomputation, offload."""
+    options, changed = OPTIONS[name]
+    assert on_ranks(2, seen, options, folder=tmp_path / "ranks") == [PLAIN | changed] * 2
+
+
+def summed(rank):
+    """The gradient of a bias that is 1 in one process and 2^-10 in the other."""
+    model = FullySharded("cpu", precision="bf16", checkpoint_activations=False).place(Net(), trained=True)
+    (model(torch.zeros(1, 3, dtype=torch.bfloat16)) * (1.0, 2**-10)[rank]).sum().backward()
+    bias = model.blocks[1].bias  # what comes out
+    return bias.grad.full_tensor(), bias.dtype
+
+
+def test_gradients_are_summed_in_float32(tmp_path):
+    """The mean of what bf16 holds is more than bf16 holds."""
+    for gradient, master in on_ranks(2, summed, folder=tmp_path / "ranks"):
+        assert gradient.tolist() == [(1 + 2**-10) / 2] * 3 and master == torch.float32
+
+
+def scored(rank):
+    """How often the layers of a frozen teacher are computed by SiD's loss, and by its gradient."""
+    processes, (teacher, calls), (critic, _) = FullySharded("cpu", precision="fp32"), small_wan(0), small_wan(1)
+    teacher = processes.place(teacher.requires_grad_(False), trained=False)
+    critic, (video, _, cond) = processes.place(critic, trained=True), clip()
+    loss = sid_loss(video, teacher, critic, FlowMatchScheduler(), cond, {"prompt_embeds": torch.zeros(1, 1, 8)}, 3.0)
+    forward = list(calls)
+    loss.backward()
+    with torch.no_grad():
+        before = len(calls)
+        teacher(*clip())
+    return forward, calls[len(forward) : before], len(calls) - before, video.grad.abs().sum().item()
+
+
+def test_the_frozen_teacher_is_computed_again_for_the_gradient_of_sid(tmp_path):
+    """Of its layers only the inputs are kept: with and without the prompt, the last one first. A call without a
+    gradient computes each once."""
+    for forward, backward, without, gradient in on_ranks(2, scored, folder=tmp_path / "ranks"):
+        assert forward == [0, 1, 0, 1] and sorted(backward) == [0, 0, 1, 1] and backward[0] == 1
+        assert without == 2 and gradient > 0
+
+
+def rolled_out_and_back(networks):
+    """A rollout of three blocks, DMD's loss and the critic's, with all gradients."""
+    student, teacher, critic = networks
+    noise, cond, scheduler, rng = torch.ones(1, 9, 4, 4, 4), clip()[2], FlowMatchScheduler(), torch.Generator()
+    given = {"scheduler": scheduler, "cond": cond, "rng": rng}
+    video = torch.cat(list(rollout(student, noise=noise, config=RolloutConfig((1000, 500)), exit_step=1, **given)), 1)
+    dmd_loss(video, teacher, critic, uncond=cond, guidance_scale=3.0, **given).backward()
+    flow_matching_loss(critic, x0=video.detach(), **given).backward()
+    gradients = [p.grad for model in (student, critic) for p in model.parameters()]
+    return [gradient.full_tensor().clone() for gradient in gradients if gradient is not None]
+
+
+def compiled_together(rank):
+    """Gradients without and with compiled layers, and how many graphs there were after each and after another step."""
+    counter, gradients, counts = CompileCounterWithBackend("aot_eager"), [], []
+    torch.compile = partial(torch.compile, backend=counter)
+    for compiled in (False, True):
+        processes, networks = FullySharded("cpu", precision="fp32", compile=compiled), []
+        for seed, trained in enumerate((True, False, True)):
+            model = small_wan(seed, num_layers=9)[0].requires_grad_(trained)
+            model.attention = sdpa_attention
+            networks.append(processes.place(model, trained=trained))
+        gradients.append(rolled_out_and_back(networks))
+        counts.append(counter.frame_count)
+    rolled_out_and_back(networks)
+    return gradients, [*counts, counter.frame_count], dict(torch._dynamo.utils.counters["frames"])
+
+
+@pytest.mark.slow
+def test_the_layers_of_all_networks_are_compiled_together(tmp_path):
+    """Not once for each of nine layers, nor in a later step; more often than PyTorch's limit, after which layers would
+    go on uncompiled; and gradients are those of the uncompiled layers."""
+    gradients, (none, first, then), frames = on_ranks(1, compiled_together, folder=tmp_path / "rank")[0]
+    assert none == 0 and 8 < first < 2 * 9 and then == first
+    assert frames["ok"] == frames["total"] == first
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def compiled_around(rank):
+    """How many graphs are made of layers with a kernel that cannot be in one, and which layers' kernels run."""
+    counter, (model, calls) = CompileCounter(), small_wan()
+    torch.compile = partial(torch.compile, backend=counter)
+    model.attention = torch.compiler.disable(model.attention)
+    model = FullySharded("cpu", precision="fp32", compile=True).place(model, trained=True)
+    model(*clip()).square().mean().backward()
+    return counter.frame_count, sorted(calls)
+
+
+@pytest.mark.slow
+def test_a_layer_is_compiled_around_a_kernel_that_cannot_be(tmp_path):
+    """As flex_attention is under a mask: the rest of the layer is compiled, and computed again for the gradient."""
+    count, calls = on_ranks(1, compiled_around, folder=tmp_path / "rank")[0]
+    assert count > 1 and calls == [0, 0, 1, 1]
+
+
+def refused_to_compile(rank):
+    model = FullySharded("cpu").place(small_wan()[0], trained=True)
+    with pytest.raises(ValueError) as refusal:
+        model.blocks[0].compile(dynamic=False)  # as train.py does
+    return str(refusal.value)
+
+
+def test_layers_that_are_shared_out_are_compiled_by_a_switch_of_their_own(tmp_path):
+    """training.compile, which would compile them as they are called, says which one that is."""
+    said = on_ranks(1, refused_to_compile, folder=tmp_path / "rank")[0]
+    assert said.endswith("leave training.compile=false and set processes.compile=true.")
+
+
 class Net(nn.Module):
     """Two layers in a list, and a weight beside them."""
 
@@ -191,20 +365,37 @@ def whole(tree):
 
 def save_while_training(rank, link):
     processes, model, state = net_and_state()
-    before = whole(state)
     processes.save(link, state)
+    processes.finish()
+    wait, begun = threading.Event(), threading.Event()
+    write = sharded_checkpoint.HuggingFaceStorageWriter.write_data
+
+    def blocked(*arguments):
+        begun.set()
+        assert wait.wait(60)
+        return write(*arguments)
+
+    sharded_checkpoint.HuggingFaceStorageWriter.write_data = blocked
+    before = whole(state | {"step": 2})
+    processes.save(link, state | {"step": 2})
+    assert begun.wait(60)
+    meanwhile = sharded_checkpoint.load(link)["step"]  # nothing of it is on disk yet, and save has returned
     for parameter in model.parameters():  # training goes on
         parameter.data.mul_(0)
+    wait.set()
     processes.finish()
     loaded = processes.load(link, state)
     kinds = [type(loaded[name]["first.weight"]) for name in ("generator_state_dict",)]
     moments = [type(x["exp_avg"]) for x in loaded["optimizer_state_dict"][0]["state"].values()]
-    return before, whole(loaded), {kind.__name__ for kind in kinds + moments}
+    return before, whole(loaded), {kind.__name__ for kind in kinds + moments}, meanwhile
 
 
 def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
-    """Written in the background, it is not what training has made of it since; loaded, it is shared out again."""
-    before, loaded, kinds = on_ranks(2, save_while_training, tmp_path / "last", folder=tmp_path / "ranks")[0]
+    """Written in the background while training goes on, it is not what training has made of it since; until it is
+    whole, the one before is what is loaded. Loaded, it is shared out again."""
+    told = on_ranks(2, save_while_training, tmp_path / "last", folder=tmp_path / "ranks")
+    before, loaded, kinds, _ = told[0]
+    assert [meanwhile for *_, meanwhile in told] == [1, 1]
     assert_same(loaded, json_types(before))
     assert kinds == {"DTensor"}
     read = sharded_checkpoint.load(tmp_path / "last", wanted=lambda name: name.startswith("generator_state_dict"))

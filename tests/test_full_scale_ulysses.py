@@ -1,11 +1,14 @@
 """Several processes compute one sample: full_scale/ulysses.py on gloo and the CPU, held against one process."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch._dynamo  # which PyTorch loads at the first exchange: once here, not in every process
-from ranks import on_ranks
+from ranks import on_ranks, sharded_how
 from test_full_scale_parallelize import LAYERS, SHARDED, assert_same_run, command, trained
 from tiny_runs import make_weights
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from discriminator import Discriminator
@@ -154,35 +157,53 @@ def test_a_cache_holds_the_tokens_of_its_own_heads(tmp_path):
 
 
 def placed(rank, options):
-    """Gradients of a sharded model that between forward and backward is called for smaller frames."""
+    """Gradients of a sharded model that between forward and backward is called for smaller frames; how it is sharded,
+    how many products of queries and keys the backward pass computes, and how many graphs are compiled."""
+    given, calls, counter = sharded_how(), [], CompileCounterWithBackend("aot_eager")
+    torch.compile = partial(torch.compile, backend=counter)
     model, (x, t, cond) = make_model(), make_inputs()
     names = [name for name, _ in model.named_parameters()]
+    if not options.get("compile"):  # a graph would count once
+        model.attention = lambda *qkv, **how: calls.append(how["kind"]) or sdpa_attention(*qkv, **how)
     model = FullySharded("cpu", **{"precision": "fp32", "sequence_parallel": 2, **options}).place(model, trained=True)
     y = teacher_forcing(model, x, t, cond)
     with torch.no_grad():
         model(torch.zeros(2, 2 * FRAMES, 1, 16, 16), 0.5, cond)  # 4 tokens, 2 and 2
+    forward = calls.count("self")
     y.square().mean().backward()
     assert [name for name, _ in model.named_parameters()] == names
-    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    found = {
+        "mesh": tuple(given[0]["mesh"].shape),
+        "offload": "offload_policy" in given[0],
+        "computes": given[0]["mp_policy"].param_dtype,
+        "again": calls.count("self") - forward,
+        "compiled": counter.frame_count > 0,
+    }
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}, found
 
 
+PLAIN = {"mesh": (2,), "offload": False, "computes": torch.float32, "again": 2, "compiled": False}
 WITH = {
-    "sharded": (2, {}),
-    "two groups": (4, {}),
-    "two groups, hybrid": (4, {"processes_per_replica": 2}),
-    "activations kept, offload": (2, {"checkpoint_activations": False, "offload": True}),
-    "bf16": (2, {"precision": "bf16"}),
+    "sharded": (2, {}, {}),
+    "two groups": (4, {}, {"mesh": (4,)}),
+    "two groups, hybrid": (4, {"processes_per_replica": 2}, {"mesh": (2, 2)}),
+    "activations kept": (2, {"checkpoint_activations": False}, {"again": 0}),
+    "offload": (2, {"offload": True}, {"offload": True}),
+    "bf16": (2, {"precision": "bf16"}, {"computes": torch.bfloat16}),
+    "compiled": (2, {"compile": True}, {"compiled": True, "again": 0}),
 }
 
 
-@pytest.mark.parametrize("name", [*WITH, pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x == "compiled")) for x in WITH])
 def test_with_all_else_that_is_shared_out_the_gradient_is_the_same(tmp_path, name):
-    """FSDP's mean needs no factor, and a layer that is computed again knows how its own tokens lay."""
-    count, options = WITH.get(name, (2, {"compile": True}))
+    """FSDP's mean needs no factor, and a layer that is computed again knows how its own tokens lay. Each option does
+    what it says."""
+    count, options, changed = WITH[name]
     model, (x, t, cond) = make_model(), make_inputs()
     teacher_forcing(model, x, t, cond).square().mean().backward()
     error = 0.05 if name == "bf16" else 1e-5
-    for gradients in on_ranks(count, placed, options, folder=tmp_path / "ranks"):
+    for gradients, found in on_ranks(count, placed, options, folder=tmp_path / "ranks"):
+        assert found == PLAIN | changed
         for key, parameter in model.named_parameters():
             assert (gradients[key] - parameter.grad).norm() <= error * parameter.grad.norm(), key
 
