@@ -240,10 +240,7 @@ def test_rows_of_another_experiment_are_shown_beside(laboratory):
     other.evaluation.pop("many")
     (laboratory / "other.yaml").write_text(OmegaConf.to_yaml(other))
     fake_record(Run("other", "data", 0), other, 0.7)
-    assert list(results.load_records("other", other)) == [
-        "base",
-        "data",
-    ]  # not in a way that this plan does not ask for
+    assert list(results.load_records("other", other)) == ["base", "data"]  # and not "base, many": nobody asks here
 
 
 def test_a_faulty_model_has_its_fault_and_no_other(laboratory):
