@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +348,7 @@ def evaluate_several(videos, prompts, *, world, tracker, frames_per_block=3):
     return {name: curve.mean(0).tolist() for name, curve in curves.items()}
 
 
+@lru_cache
 def examiner(world, frames_per_block=3, judge="first"):
     """All that can be measured in a world, as a function (videos, prompts) -> curves: where it shows one digit, by one
     of the classifiers, with the accuracy that the other sees as the `second_opinion`; else by the tracker."""

@@ -402,6 +402,7 @@ class Live(TorchDispatchMode):
         self.now -= num_bytes
 
 
+@pytest.mark.slow
 def test_a_decoding_stream_takes_what_the_plan_says():
     """The released VAE in float32, without memory: what its stream keeps, to the byte; what it takes besides while it
     decodes a block of three latent frames, to 5 %."""
