@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import signal
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,13 @@ def open_logs(cfg, folder: Path, step: int):
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM asks for a stop after the step at hand, when everything is consistent; twice stops at once."""
+    """Ctrl-C or SIGTERM asks for a stop after the step at hand, when everything is consistent; twice stops at once.
+
+    The same signal again within REPEAT seconds is the same request: a cluster signals all processes of a job, and
+    torchrun, which is one of them, hands on to its workers what they have already got.
+    """
+
+    REPEAT = 5.0
 
     def __init__(self):
         self.asked = False
@@ -148,10 +155,12 @@ class Interrupt:
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, number, frame):
-        if self.asked:
+        if not self.asked:
+            self.asked, self.first, self.time = True, number, time.monotonic()
+            # print may not be interrupted by itself
+            os.write(2, b"\nStopping after this step; once more, some seconds later, stops at once.\n")
+        elif number != self.first or time.monotonic() - self.time > self.REPEAT:
             raise KeyboardInterrupt
-        self.asked = True
-        os.write(2, b"\nStopping after this step; once more stops at once.\n")  # print may not be interrupted by itself
 
     def __exit__(self, *error):
         for number, handler in self.before.items():

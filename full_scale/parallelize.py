@@ -168,10 +168,22 @@ def join(device: str) -> torch.device:
     if kind == "cuda":
         torch.cuda.set_device(found)
     if not dist.is_initialized():
+        check_restarts()
         alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **alone)
         atexit.register(leave)
     return found
+
+
+def check_restarts() -> None:
+    """Raise ValueError where torchrun would start anew processes that then meet the addresses of those before them, and
+    hang (PyTorch's issue 135712)."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "Processes that torchrun restarts may hang while all share its store: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or leave out --max_restarts."
+        )
 
 
 def leave() -> None:

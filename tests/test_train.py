@@ -237,16 +237,30 @@ def test_a_signal_stops_after_the_step_at_hand(number, weights, finished, tmp_pa
     assert_same(final_state(tmp_path / "run"), final_state(finished("teacher")))
 
 
-def test_a_second_signal_stops_at_once(weights, tmp_path):
-    """Asked twice, the run does not finish its step."""
+@pytest.mark.parametrize(("numbers", "repeat"), [((signal.SIGINT,) * 2, 0.0), ((signal.SIGINT, signal.SIGTERM), 5.0)])
+def test_a_second_signal_stops_at_once(numbers, repeat, weights, tmp_path, monkeypatch):
+    """Asked twice, by the same signal some time later or by another, the run does not finish its step."""
+    monkeypatch.setattr(run_folder.Interrupt, "REPEAT", repeat)
 
     def ask_twice():
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        for number in numbers:
+            os.kill(os.getpid(), number)
 
     with after_step(3, ask_twice), pytest.raises(KeyboardInterrupt):
         train.main(options("teacher", tmp_path / "run", weights))
     assert len(rows(tmp_path / "run")) == 2
+
+
+def test_the_same_signal_again_is_the_same_request(weights, tmp_path):
+    """A cluster signals all processes of a job, and torchrun a moment later its workers again: the step is finished."""
+
+    def ask_twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with after_step(3, ask_twice), pytest.raises(SystemExit, match="Stopped at step 3"):
+        train.main(options("teacher", tmp_path / "run", weights))
+    assert load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")["step"] == 3
 
 
 def test_looking_does_not_change_training(weights, finished, tmp_path):
