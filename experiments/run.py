@@ -333,6 +333,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time; 0: one, in here")
     parser.add_argument("--again", action="store_true", help="train anew what has a record")
     args = parser.parse_args()
+    if args.again and not args.experiment:
+        raise ValueError("--again forgets records, of every experiment if none is named: say which.")
     for experiment, rows in wanted(args.experiment, args.only).items():
         plan = load_plan(experiment)
         runs = all_runs(experiment, plan, rows, args.seeds)

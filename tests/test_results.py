@@ -261,6 +261,12 @@ def test_a_faulty_model_has_its_fault_and_no_other(laboratory):
     assert torch.equal(kept, right)
 
 
+def test_training_again_has_to_say_what(laboratory, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["experiments.run", "--again"])
+    with pytest.raises(ValueError, match="of every experiment if none is named"):
+        run.main()
+
+
 def test_training_again_begins_anew_and_then_goes_on(laboratory):
     """--again forgets the record and moves the finished run aside, once: what it began is then resumed."""
     plan, one = load_plan("tiny"), Run("tiny", "own", 0)
@@ -379,3 +385,5 @@ def test_shipped_weights_are_held_against_their_record(laboratory, capsys):
         results.evaluate_again("tiny/own")
     with pytest.raises(ValueError, match="tiny/data ships no weights, or has no record"):
         results.evaluate_again("tiny/data")
+    with pytest.raises(ValueError, match="tiny has no row"):
+        results.evaluate_again("tiny")
