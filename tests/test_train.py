@@ -620,7 +620,7 @@ def test_an_experiment_fits_itself(name, tmp_path, monkeypatch):
         monkeypatch.setattr(train, entry, one_step)
     with nullcontext() if name == "two_digits" else pytest.raises(Crash):
         train.main([f"experiment={name}", "training.batch_size=1", "training.device=cpu", "training.max_num_frames=12"])
-    assert taken == (list(shipped) if name == "two_digits" else taken[:1])
+    assert list(dict.fromkeys(taken)) == (list(shipped) if name == "two_digits" else taken[:1])
 
 
 MISTAKES = {
