@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from dynamic_video_sf import DataPast as Right
+from experiments.results import SPANS, span_means
 from randomness import rand, randn_like
 from tutorial.lesson_06_exposure_bias.solutions import MixedPast as RightMix
 
@@ -67,31 +68,43 @@ def spelled_out(own, true, better="high"):
     return own - true if better == "low" else abs(own - 1) - abs(true - 1)
 
 
-def population_deviation(a, b):
-    return min(len(a), len(b)) >= 3 and abs(a.mean() - b.mean()) > 2 * np.sqrt((a.var() + b.var()) / 2)
+def level_alone(records, metric, span):
+    return span_means(records, metric, span)
 
 
-def mean_deviation(a, b):
-    return min(len(a), len(b)) >= 3 and abs(a.mean() - b.mean()) > a.std(ddof=1) + b.std(ddof=1)
+def since_the_first_frame(records, metric, span):
+    return span_means(records, metric, span) - np.array([record["curves"][metric][0] for record in records])
 
 
-def summed_variances(a, b):
-    return min(len(a), len(b)) >= 3 and abs(a.mean() - b.mean()) > 2 * np.sqrt(a.var(ddof=1) + b.var(ddof=1))
+def since_the_training_length(records, metric, span):
+    return span_means(records, metric, span) - span_means(records, metric, "0-T")
 
 
-def one_sided(a, b):
-    return min(len(a), len(b)) >= 3 and a.mean() - b.mean() > 2 * np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
+def what_was_lost(records, metric, span):
+    return span_means(records, metric, "first block") - span_means(records, metric, span)
 
 
-def any_number_of_seeds(a, b):
-    return abs(a.mean() - b.mean()) > 2 * np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
+def as_a_share(records, metric, span):
+    return span_means(records, metric, span) / span_means(records, metric, "first block") - 1
 
 
-def by_squares(a, b):
-    if len(a) < 3 or len(b) < 3:
-        return False
-    squares = sum(((x - x.mean()) ** 2).sum() / (len(x) - 1) for x in (a, b))
-    return bool((a.mean() - b.mean()) ** 2 > 2 * squares)
+def over_all_seeds(records, metric, span):
+    return (span_means(records, metric, span) - span_means(records, metric, "first block")).mean()
+
+
+def whatever_is_there(records, metric, span):
+    begin, end = SPANS[span]
+    curves = [np.array(record["curves"][metric]) for record in records]
+    return np.array([curve[min(begin, len(curve) - 1) : end].mean() - curve[:3].mean() for curve in curves])
+
+
+def seed_by_seed(records, metric, span):
+    changes = []
+    for record in records:
+        curve, (begin, end) = record["curves"][metric], SPANS[span]
+        there = sum(curve[begin:end]) / (end - begin) if end <= len(curve) else float("nan")
+        changes.append(there - sum(curve[:3]) / 3)
+    return np.array(changes)
 
 
 class RemembersItsOwn(Right):
@@ -210,14 +223,22 @@ class OneRemember:
 WRONG = {
     "error_growth": [adds_standard_deviations, slope_not_squared, begins_with_zero, divides_by_zero],
     "gap": [always_high, absolute_gap, ratio_as_high, distance_before_the_mean, keeps_the_seeds],
-    "differ": [population_deviation, mean_deviation, summed_variances, one_sided, any_number_of_seeds],
+    "drift": [
+        level_alone,
+        since_the_first_frame,
+        since_the_training_length,
+        what_was_lost,
+        as_a_share,
+        over_all_seeds,
+        whatever_is_there,
+    ],
     "DataPast": [RemembersItsOwn, AlwaysTheBeginning, OneBlockLate, AlwaysClean, TellsAnotherLevel, TakesWhatIsLeft],
     "MixedPast": [OneCoinForAll, OtherWayRound, GlobalCoin, MixesPixels],
 }
 RIGHT = {
     "error_growth": by_recursion,
     "gap": spelled_out,
-    "differ": by_squares,
+    "drift": seed_by_seed,
     "DataPast": SpelledOut,
     "MixedPast": OneRemember,
 }

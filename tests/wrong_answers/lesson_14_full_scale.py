@@ -1,7 +1,5 @@
 """Lesson 14: wrong and right answers."""
 
-import math
-
 import torch
 
 from full_scale.wan import WRAPPERS
@@ -31,27 +29,54 @@ def line_by_line(parameters, gpus, gpus_per_node=8, sharding="full"):
     return sum(parameters * size / owners for size in held.values())
 
 
-def keys_alone(config, num_frames, latent, bytes_per_number=2):
-    return solutions.cache_bytes(config, num_frames, latent, bytes_per_number) / 2
+def multiplications_alone(config, tokens, past_tokens=0):
+    return solutions.call_flops(config, tokens, past_tokens) / 2
 
 
-def times_heads(config, num_frames, latent, bytes_per_number=2):
-    return solutions.cache_bytes(config, num_frames, latent, bytes_per_number) * config.num_heads
+def forgets_the_past(config, tokens, past_tokens=0):
+    return solutions.call_flops(config, tokens)
 
 
-def forgets_patches(config, num_frames, latent, bytes_per_number=2):
-    return 2 * config.num_layers * num_frames * latent[0] * latent[1] * config.dim * bytes_per_number
+def makes_the_past_again(config, tokens, past_tokens=0):
+    return solutions.call_flops(config, tokens + past_tokens)
 
 
-def one_layer(config, num_frames, latent, bytes_per_number=2):
-    return solutions.cache_bytes(config, num_frames, latent, bytes_per_number) / config.num_layers
+def forgets_the_prompt(config, tokens, past_tokens=0):
+    e = config.dim
+    layer = 2 * tokens * e * (6 * e + 2 * config.ffn_dim) + 4 * tokens * (tokens + past_tokens) * e
+    return config.num_layers * layer
 
 
-def head_by_head(config, num_frames, latent, bytes_per_number=2):
-    tokens_per_frame = math.prod(side // patch for side, patch in zip(latent, config.patch_size[1:], strict=True))
-    width = config.dim // config.num_heads
-    one = num_frames * tokens_per_frame * width * bytes_per_number
-    return sum(2 * one for _ in range(config.num_layers) for _ in range(config.num_heads))
+def prompt_as_long_as_the_video(config, tokens, past_tokens=0):
+    """Sends the video's tokens through all four maps of the cross-attention."""
+    e = config.dim
+    layer = 2 * tokens * e * (8 * e + 2 * config.ffn_dim) + 4 * tokens * (tokens + past_tokens + config.text_len) * e
+    return config.num_layers * layer
+
+
+def times_heads(config, tokens, past_tokens=0):
+    pairs = 4 * config.num_layers * tokens * (tokens + past_tokens) * config.dim
+    return solutions.call_flops(config, tokens, past_tokens) + (config.num_heads - 1) * pairs
+
+
+def one_layer(config, tokens, past_tokens=0):
+    return solutions.call_flops(config, tokens, past_tokens) / config.num_layers
+
+
+def map_by_map(config, tokens, past_tokens=0):
+    width, prompt, head = config.dim, config.text_len, config.dim // config.num_heads
+
+    def product(a, b, c):
+        return 2 * a * b * c
+
+    maps = {"q": tokens, "k": tokens, "v": tokens, "o": tokens, "cross q": tokens, "cross o": tokens}
+    maps |= {"cross k": prompt, "cross v": prompt}
+    total = sum(product(rows, width, width) for rows in maps.values())
+    total += product(tokens, width, config.ffn_dim) + product(tokens, config.ffn_dim, width)
+    for keys in (tokens + past_tokens, prompt):
+        scores, weighted = product(tokens, head, keys), product(tokens, keys, head)
+        total += config.num_heads * (scores + weighted)
+    return total * config.num_layers
 
 
 def rounds_up(batch, gpus, micro_batch=1, sequence_parallel=1):
@@ -185,14 +210,22 @@ def no_mask(q, k, v, *, mask=None, layer=None, kind=None, chunk=128):
 
 WRONG = {
     "training_bytes": [weights_alone, forgets_the_average, hybrid_over_nodes, always_a_whole_node],
-    "cache_bytes": [keys_alone, times_heads, forgets_patches, one_layer],
+    "call_flops": [
+        multiplications_alone,
+        forgets_the_past,
+        makes_the_past_again,
+        forgets_the_prompt,
+        prompt_as_long_as_the_video,
+        times_heads,
+        one_layer,
+    ],
     "parts_per_gpu": [rounds_up, forgets_neighbours, says_no_more, videos_of_a_gpu],
     "without_wrappers": [prefixes_alone, replaces_anywhere, prefix_before_infixes, last_one_wins],
     "online_attention": [never_rescales, never_subtracts, forgets_the_width, follows_q, all_at_once, no_mask],
 }
 RIGHT = {
     "training_bytes": line_by_line,
-    "cache_bytes": head_by_head,
+    "call_flops": map_by_map,
     "parts_per_gpu": by_division,
     "without_wrappers": word_by_word,
     "online_attention": in_two_passes,

@@ -21,10 +21,13 @@ def gap(own, true, better="high"):
     todo("compare two curves, so that above 0 always means worse on the own past.")
 
 
-def differ(a, b):
-    """Whether the means of two rows, one number per training seed [num_seeds], are further apart than two pooled
-    standard deviations: bool. False with fewer than three seeds in either."""
-    todo("say when a difference between two rows is one.")
+def drift(records, metric, span):
+    """What a metric has changed since the first block: an array [num_seeds], one number per record.
+
+    records: one dict per training seed, whose ["curves"][metric] are numbers over the frame index. span: a key of
+    experiments.results.SPANS, such as "3T-4T" or "first block". NaN where the videos are shorter than the span.
+    """
+    todo("tell what was lost on the way from how good it was at first.")
 
 
 class DataPast:

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from dynamic_video_sf import DataPast
-from experiments.results import differ
+from experiments.results import drift
 from randomness import rand
 
-__all__ = ["DataPast", "MixedPast", "differ", "error_growth", "gap"]
+__all__ = ["DataPast", "MixedPast", "drift", "error_growth", "gap"]
 
 
 def error_growth(slope, noise, num_frames):

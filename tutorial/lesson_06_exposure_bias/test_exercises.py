@@ -84,51 +84,64 @@ def test_seeds_are_averaged(gap):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- differ
+# ----------------------------------------------------------------------------------------------------------- drift
 
 
-def spread(mean, deviation):
-    """Five numbers of this mean and sample standard deviation."""
-    x = np.array([-2.0, -1, 0, 1, 2])
-    return mean + deviation * x / x.std(ddof=1)
+def records(*curves, metric="digit_accuracy"):
+    """One record per seed."""
+    return [{"curves": {metric: list(curve)}} for curve in curves]
 
 
-def test_far_apart_is_a_difference(differ):
-    assert differ(spread(0.9, 0.02), spread(0.8, 0.02)), (
-        "Means 0.10 apart with standard deviations of 0.02 are five deviations apart: that is a difference."
-    )
-    assert differ(spread(0.8, 0.02), spread(0.9, 0.02)), "Which of the two is larger does not matter: take |a - b|."
+def stairs(first, early, late):
+    """A curve over 48 frames: first block, up to frame 36, and from there on."""
+    return [first] * 3 + [early] * 33 + [late] * 12
 
 
-def test_within_the_spread_is_none(differ):
-    assert not differ(spread(0.83, 0.02), spread(0.8, 0.02)), (
-        "Means 0.03 apart with standard deviations of 0.02 are 1.5 deviations apart: that may be chance."
+def test_a_level_is_no_drift(drift):
+    got = np.asarray(drift(records([0.4] * 48, [0.9] * 48), "digit_accuracy", "3T-4T"))
+    assert np.allclose(got, 0), (
+        f"Neither a student that is always right in 4 of 10 frames nor one in 9 of 10 loses anything; yours says {got}."
     )
 
 
-def test_the_spread_is_pooled(differ):
-    a, b = spread(0.9, 0.08), spread(0.8, 0.01)
-    assert not differ(a, b), (
-        "Deviations 0.08 and 0.01 pool to sqrt((0.08^2 + 0.01^2) / 2) = 0.057, and 0.10 is less than twice that. "
-        "Do not take the smaller one alone, nor the mean of the two deviations: variances are averaged."
-    )
-    c, d = spread(0.9, 0.062), spread(0.8, 0.01)
-    assert differ(c, d), (
-        "Deviations 0.062 and 0.01 pool to 0.044, and 0.10 is more than twice that. Do not add up variances: "
-        "average them."
+def test_it_is_a_change_since_the_first_block(drift):
+    own = records(stairs(0.9, 0.7, 0.5))
+    got = [float(np.squeeze(drift(own, "digit_accuracy", span))) for span in ("first block", "0-T", "T-2T", "3T-4T")]
+    assert np.allclose(got, [0, -0.15, -0.2, -0.4]), (
+        "Accuracy is 0.9 in the first block, 0.7 up to frame 36 and 0.5 from there on. Since the first block it has "
+        f"changed by 0 there, by -0.15 over 0-T (which has the first block in it), by -0.2 over T-2T and by -0.4 over "
+        f"3T-4T; yours: {np.round(got, 3)}. A difference of means, below 0 where it fell."
     )
 
 
-def test_the_deviation_is_that_of_a_sample(differ):
-    a, b = np.array([0.0, 1, 2]), np.array([1.9, 2.9, 3.9])
-    assert not differ(a, b), (
-        "0, 1, 2 has the sample standard deviation 1 (divide by n - 1, ddof=1), so means 1.9 apart may be chance."
+def test_the_first_block_is_more_than_a_frame(drift):
+    got = float(np.squeeze(drift(records([0.5, 0.8, 0.8] + [0.6] * 45), "digit_accuracy", "3T-4T")))
+    assert abs(got + 0.1) < 1e-6, (
+        "The first block's frames, 0.5, 0.8 and 0.8, have the mean 0.7, and 0.6 is 0.1 below it; yours says "
+        f"{got:+.3f}. All frames of the first block are without a past, the very first one is only the worst of them."
     )
 
 
-def test_two_seeds_are_too_few(differ):
-    got = differ(np.array([0.9, 0.91]), np.array([0.1, 0.11, 0.12]))
-    assert not got, "With fewer than three seeds in either row nothing is said to differ, however far apart they are."
+def test_every_seed_has_its_own(drift):
+    got = np.asarray(drift(records(stairs(0.9, 0.9, 0.5), stairs(0.5, 0.5, 0.9)), "digit_accuracy", "3T-4T"))
+    assert got.shape == (2,) and np.allclose(got, [-0.4, 0.4]), (
+        "One seed lost 0.4, the other won 0.4: two numbers, in the records' order. Averaged they would be 0, and "
+        f"nobody could say how much seeds differ. Yours: {got}."
+    )
+
+
+def test_another_metric_has_its_own_sign(drift):
+    own = records(stairs(0.3, 0.5, 1.5), metric="motion_error")
+    got = float(np.squeeze(drift(own, "motion_error", "3T-4T")))
+    assert abs(got - 1.2) < 1e-6, (
+        f"An error that grew from 0.3 to 1.5 has changed by +1.2, not by {got:+.3f}: the change itself, whatever is "
+        "good or bad; and of the metric that was asked for."
+    )
+
+
+def test_short_videos_have_no_far_end(drift):
+    got = np.asarray(drift(records([0.8] * 24), "digit_accuracy", "3T-4T"), dtype=float)
+    assert np.isnan(got).all(), f"Videos of 24 frames say nothing about frames 36 to 48: NaN, not {got}."
 
 
 # -------------------------------------------------------------------------------------------------------- DataPast

@@ -9,9 +9,11 @@ def training_bytes(parameters, gpus, gpus_per_node=8, sharding="full"):
     todo("count what a trained network holds on each GPU.")
 
 
-def cache_bytes(config, num_frames, latent, bytes_per_number=2):
-    """Bytes of the KV cache of one video. config: a WanConfig; latent: (height, width) of a latent frame."""
-    todo("count the keys and values of a cache.")
+def call_flops(config, tokens, past_tokens=0):
+    """FLOPs of the matrix products in all layers, in one call without gradient on `tokens` new tokens of one video,
+    with the keys and values of past_tokens in the cache. config: a WanConfig of a text-to-video model. Embeddings and
+    the head are not counted."""
+    todo("count the matrix products of a call.")
 
 
 def parts_per_gpu(batch, gpus, micro_batch=1, sequence_parallel=1):

@@ -2,9 +2,10 @@
 
 import torch
 
+from full_scale.plan import Work, forward_flops
 from full_scale.wan import without_wrappers
 
-__all__ = ["cache_bytes", "online_attention", "parts_per_gpu", "training_bytes", "without_wrappers"]
+__all__ = ["call_flops", "online_attention", "parts_per_gpu", "training_bytes", "without_wrappers"]
 
 
 def training_bytes(parameters, gpus, gpus_per_node=8, sharding="full"):
@@ -13,10 +14,11 @@ def training_bytes(parameters, gpus, gpus_per_node=8, sharding="full"):
     return 5 * 4 * parameters / shards
 
 
-def cache_bytes(config, num_frames, latent, bytes_per_number=2):
-    _, height, width = config.patch_size
-    tokens = num_frames * (latent[0] // height) * (latent[1] // width)
-    return 2 * config.num_layers * tokens * config.dim * bytes_per_number
+def call_flops(config, tokens, past_tokens=0):
+    """The planner's count, without what is around the layers."""
+    task = Work(config, calls=1, frames=1, tokens=tokens, past=past_tokens, pairs=tokens * (tokens + past_tokens))
+    parts = forward_flops(task)
+    return float(parts["linear layers"] + parts["self-attention"] + parts["cross-attention"])
 
 
 def parts_per_gpu(batch, gpus, micro_batch=1, sequence_parallel=1):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from full_scale.wan import WAN_CONFIGS
 from kv_cache import KVCache
@@ -44,35 +45,60 @@ def test_less_than_a_node(training_bytes):
     assert got == whole / 2, "With 2 GPUs of a node of 8 there are 2 to share the model, not 8."
 
 
-def test_it_is_a_real_caches_size(cache_bytes):
-    config = WanConfig(dim=24, num_heads=2, num_layers=3, ffn_dim=24, patch_size=(1, 2, 2))
-    model, cond = TinyCausalWanModel(config), {"prompt_embeds": torch.zeros(1, 4, 32)}
-    got = cache_bytes(config, 4, (6, 10), 4)
-    with torch.no_grad():
-        cache = model.remember(torch.randn(1, 4, 1, 6, 10), 0.0, cond, KVCache())
-    real = sum(x.nbytes for pair in cache.layers for x in pair)
-    assert got == real, (
-        f"A model of 3 layers of width 24 really remembers 4 frames of 6 x 10 latents (patches of 2 x 2) in {real:,} "
-        f"bytes of float32; you count {got:,.0f}. Keys and values, in every layer, for every token, of the model's "
-        "width."
+SMALL = WanConfig(dim=24, num_heads=2, num_layers=2, ffn_dim=40, patch_size=(1, 2, 2))
+
+
+def counted_flops(past_frames):
+    """What PyTorch counts in SMALL's layers, in a call on 2 frames of 15 tokens: two models' difference."""
+    totals = []
+    for num_layers in (SMALL.num_layers, 2 * SMALL.num_layers):
+        model, cond = (
+            TinyCausalWanModel(replace(SMALL, num_layers=num_layers)),
+            {"prompt_embeds": torch.zeros(1, 4, 32)},
+        )
+        model.attention = matmul_attention  # whose products are seen one by one
+        video = torch.randn(1, 2 + past_frames, 1, 6, 10)
+        with torch.no_grad():
+            cache = model.remember(video[:, 2:], 0.0, cond, KVCache()) if past_frames else KVCache()
+            with FlopCounterMode(display=False) as counter:
+                model(video[:, :2], 0.5, cond, cache)
+        totals.append(counter.get_total_flops())
+    return totals[1] - totals[0]
+
+
+def test_it_is_what_pytorch_counts(call_flops):
+    got, right = call_flops(SMALL, 30), counted_flops(0)
+    assert got == right, (
+        f"PyTorch counts {right:,} FLOPs in 2 layers of width 24 and feed-forward 40, on 30 tokens without a past and "
+        f"{SMALL.text_len} of the prompt; you count {got:,.0f}. Eight maps of the width and two of the feed-forward "
+        "(k and v of the cross-attention are of the prompt's tokens), and two products in each of the two attentions; "
+        "a multiplication and an addition are two."
     )
 
 
-def test_it_grows_with_frames_not_with_heads(cache_bytes):
+def test_the_cache_is_seen_and_not_made_again(call_flops):
+    got, right = call_flops(SMALL, 30, 60), counted_flops(4)
+    assert got == right, (
+        f"With 60 more tokens in the cache PyTorch counts {right:,}, you {got:,.0f}. Past tokens are keys and values "
+        "only: they go through no map again, look at nothing, and each new token looks at them."
+    )
+
+
+def test_the_past_costs_in_proportion(call_flops):
     config = WAN_CONFIGS["t2v-1.3b"]
-    one, three = (cache_bytes(config, frames, (60, 104)) for frames in (7, 21))
-    assert three == 3 * one, "Three times as many frames have three times as many keys."
-    assert cache_bytes(replace(config, num_heads=24), 7, (60, 104)) == one, (
-        "All heads together are as wide as the model, so their number does not matter."
+    none, once, twice = (call_flops(config, 4680, past) for past in (0, 4680, 9360))
+    right = 4 * config.num_layers * 4680**2 * config.dim
+    assert once - none == twice - once == right, (
+        "Each further block of 4680 past tokens adds the same to a call of Wan 1.3B: 4 x 30 layers x 4680 queries x "
+        f"4680 keys x 1536, {right / 1e12:.1f} TFLOP; yours adds {(once - none) / 1e12:.1f} and then "
+        f"{(twice - once) / 1e12:.1f}. That is why a video costs more the longer it gets, and with a window does not."
     )
 
 
-def test_of_wan(cache_bytes):
-    got = cache_bytes(WAN_CONFIGS["t2v-1.3b"], 21, (60, 104))
-    assert got == 2 * 30 * 21 * 1560 * 1536 * 2, (
-        f"Wan 1.3B, 21 latent frames of 60 x 104 (1560 tokens each) in bf16: 2 x 30 layers x 32,760 tokens x 1536 x 2 "
-        f"bytes, 6.0 GB; yours is {got / 1e9:.2f} GB."
-    )
+def test_heads_share_the_width(call_flops):
+    config = WAN_CONFIGS["t2v-1.3b"]
+    same = call_flops(replace(config, num_heads=24), 1560, 1560) == call_flops(config, 1560, 1560)
+    assert same, "All heads together are as wide as the model, so their number does not matter."
 
 
 def test_the_batch_is_shared_out(parts_per_gpu):
