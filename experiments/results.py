@@ -178,18 +178,18 @@ def differences_in(values: dict[str, np.ndarray], best, digits: int, against: st
 
 
 def section(experiment: str) -> str:
-    """One experiment: what is asked, the table, the figure, what was found. Empty if nothing has been run."""
+    """One experiment: what is asked, the table, the figure, what was found; the first alone if nothing has been run."""
     plan = load_plan(experiment)
     records = load_records(experiment, plan)
+    head = f"## {plan.title}\n\n{' '.join(plan.asks.split())}"
     if set(records) <= set(plan.get("beside", {})):
-        return ""
+        return f"{head}\n\nNothing of it has been run with these settings: `python -m experiments.run {experiment}`."
     draw = sick_figure if "stills" in plan else curves_figure
     machines = sorted({record["machine"]["processor"] for own in records.values() for record in own})
     signs = [f"- **{row}**: {' '.join(sign.split())}" for row, sign in plan.get("signs", {}).items()]
     return "\n\n".join(
         [
-            f"## {plan.title}",
-            " ".join(plan.asks.split()),
+            head,
             draw(experiment, plan, records),
             brief(records),
             differences(records, plan.get("against")),

@@ -55,8 +55,6 @@ def anchors(path):
     for anchor in map(github_anchor, headings(path.read_text())):
         found.add(anchor if not seen[anchor] else f"{anchor}-{seen[anchor]}")
         seen[anchor] += 1
-    if path == REPOSITORY / "RESULTS.md":  # it has a section for every experiment that has been run
-        found |= {github_anchor(load_plan(name).title) for name in experiments()}
     return found
 
 

@@ -347,9 +347,12 @@ def test_the_page_says_what_the_records_say(laboratory):
 
 
 def test_runs_without_a_record_are_named(laboratory, monkeypatch, capsys):
-    """Counted per experiment, with the command that makes them; nothing is said where none is missing."""
+    """Counted per experiment, with the command that makes them; nothing is said where none is missing. What has
+    not been run at all has a section, that says so and that can be linked to."""
     plan = load_plan("tiny")
     monkeypatch.setattr("sys.argv", ["results"])
+    results.write_page()
+    assert "## Tiny\n\nDoes it run?\n\nNothing of it has been run" in (laboratory / "RESULTS.md").read_text()
     for seed in plan.seeds:
         fake_record(Run("tiny", "own", seed), plan, 0.9)
     results.main()
