@@ -133,9 +133,12 @@ def test_while_it_runs_there_is_a_last_checkpoint(weights, tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")["step"] == 2
 
 
+FROM_SCRATCH = ["experiment=from_scratch_cpu", *TINY, "training.max_num_frames=12", "training.num_previews=1"]
+
+
 def test_stages_in_a_row_and_only_once(tmp_path, capsys):
     """An experiment trains each stage from the one before; again, nothing is done; a new teacher renews the rest."""
-    command = ["experiment=from_scratch_cpu", *TINY, f"training.output_dir={tmp_path}", "training.num_steps=2"]
+    command = [*FROM_SCRATCH, f"training.output_dir={tmp_path}", "training.num_steps=2"]
     final = train.main(command)
     stages = list(train.load_config(command).stages)
     assert stages[:4] == ["teacher", "teacher_2", "init", "self_forcing"]
@@ -163,7 +166,7 @@ def test_stages_in_a_row_and_only_once(tmp_path, capsys):
 
 def test_an_interrupted_row_goes_on_in_its_stage(tmp_path):
     """Killed in the second stage, an experiment skips the first, resumes the second, and ends as if uninterrupted."""
-    command = ["experiment=from_scratch_cpu", *TINY, "training.num_steps=3", "training.checkpoint_every=1"]
+    command = [*FROM_SCRATCH, "training.num_steps=3", "training.checkpoint_every=1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train.main([*command, f"training.output_dir={whole}"])
     with pytest.MonkeyPatch.context() as patch:
@@ -602,7 +605,9 @@ def test_the_command_line_comes_last(monkeypatch):
     assert len(seen) > 4 and {(cfg.training.num_steps, cfg.model.dim) for cfg in seen} == {(7, 64)}
 
 
-@pytest.mark.parametrize("name", SMALL_EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "one_gpu" else ()) for name in SMALL_EXPERIMENTS]
+)
 def test_an_experiment_fits_itself(name, tmp_path, monkeypatch):
     """Real sizes, canvas, patches and prompts go together: its first stage takes a step, of two digits every stage."""
     monkeypatch.chdir(tmp_path)
