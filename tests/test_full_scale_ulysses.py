@@ -9,7 +9,7 @@ import torch
 import torch._dynamo  # which PyTorch loads at the first exchange: once here, not in every process
 from ranks import on_ranks, sharded_how
 from test_full_scale_parallelize import LAYERS, SHARDED, assert_same_run, command, trained
-from tiny_runs import make_weights
+from tiny_runs import make_weights, some_slow
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
@@ -247,9 +247,10 @@ RUNS = {
 SHORT = ["training.num_steps=2", "training.critic_steps=1", "training.num_previews=1", "training.checkpoint_every=9"]
 
 
-@pytest.mark.parametrize(("count", "more"), RUNS.values(), ids=RUNS)
-def test_groups_train_what_one_process_trains(weights, tmp_path, count, more):
+@pytest.mark.parametrize("name", some_slow(RUNS, {"sf_dmd, two groups"}))
+def test_groups_train_what_one_process_trains(weights, tmp_path, name):
     """The same losses, evaluations, parameters and averages after two steps of the same global batch."""
+    count, more = RUNS[name]
     train.main(command(tmp_path / "one", weights, *more, *SHORT))
     on_ranks(count, trained, command(tmp_path / "many", weights, *more, *SHORT, *TOGETHER), folder=tmp_path / "ranks")
     assert_same_run(tmp_path / "one", tmp_path / "many", steps=2)

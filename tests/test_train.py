@@ -13,7 +13,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import torch
-from tiny_runs import REPOSITORY, SIZES, TINY, assert_same, final_state, make_weights, names, options, rows
+from tiny_runs import REPOSITORY, SIZES, TINY, assert_same, final_state, make_weights, names, options, rows, some_slow
 from torch import nn
 
 import run_folder
@@ -605,9 +605,7 @@ def test_the_command_line_comes_last(monkeypatch):
     assert len(seen) > 4 and {(cfg.training.num_steps, cfg.model.dim) for cfg in seen} == {(7, 64)}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "one_gpu" else ()) for name in SMALL_EXPERIMENTS]
-)
+@pytest.mark.parametrize("name", some_slow(SMALL_EXPERIMENTS, {"one_gpu"}))
 def test_an_experiment_fits_itself(name, tmp_path, monkeypatch):
     """Real sizes, canvas, patches and prompts go together: its first stage takes a step, of two digits every stage."""
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 
 import checkpoint
@@ -14,6 +15,11 @@ SIZES = ["model.dim=24", "model.ffn_dim=48", "model.num_heads=2", "model.num_lay
 TINY = [*SIZES, "world.sprites_per_class=2", "training.batch_size=2", "training.num_steps=4"]
 TINY += ["training.autocast=null", "training.device=cpu", "training.sample_every=100", "training.checkpoint_every=2"]
 TINY += ["training.warmup_steps=0"]
+
+
+def some_slow(names, slow):
+    """Parameters for a test, of which some run only with --run-slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def options(stage, folder, weights=None, *more):
