@@ -18,7 +18,7 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/testing.md"]
 DOCUMENTS += ["docs/attention_extraction.md", "docs/attention_visualization.md"]
 SMALL = {  # what is added to a printed command, so that it takes seconds
     "train.py": "training.num_steps=1 training.batch_size=2 training.critic_steps=1 training.num_previews=1 "
-    "training.max_num_frames=12",
+    "training.max_num_frames=15",
     "generate.py": "--format npz --num_frames 3",
     "metrics.py": "--num_videos 20 --num_frames 12 --seed 0",
     "moving_mnist.py": "",

@@ -1,6 +1,7 @@
 """Experiments leave records, records make the page, and shipped weights can be held against them."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -386,6 +387,13 @@ def test_shipped_weights_are_held_against_their_record(laboratory, capsys):
     one.record.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="tiny/own left its range in ink first block, ink 0-T"):
         results.evaluate_again("tiny/own")
+    record["curves"]["four steps"]["ink"] = [x - 0.2 for x in record["curves"]["four steps"]["ink"]]
+    far = record["curves"]["four steps"]["frechet_distance"]
+    for factor, fails in ((1.2, nullcontext()), (2, pytest.raises(ValueError, match="left its range in frechet"))):
+        record["curves"]["four steps"]["frechet_distance"] = [factor * x for x in far]
+        one.record.write_text(json.dumps(record))
+        with fails:
+            results.evaluate_again("tiny/own")
     with pytest.raises(ValueError, match="tiny/data ships no weights, or has no record"):
         results.evaluate_again("tiny/data")
     with pytest.raises(ValueError, match="tiny has no row"):

@@ -133,7 +133,7 @@ def test_while_it_runs_there_is_a_last_checkpoint(weights, tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")["step"] == 2
 
 
-FROM_SCRATCH = ["experiment=from_scratch_cpu", *TINY, "training.max_num_frames=12", "training.num_previews=1"]
+FROM_SCRATCH = ["experiment=from_scratch_cpu", *TINY, "training.max_num_frames=15", "training.num_previews=1"]
 
 
 def test_stages_in_a_row_and_only_once(tmp_path, capsys):

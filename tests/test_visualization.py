@@ -237,6 +237,12 @@ def test_metric_curves_show_mean_band_and_training_length():
     assert len(styles) == 3
 
 
+def test_no_two_curves_look_alike():
+    """Nor do those that follow when all colours are used up."""
+    fig = viz.plot_metric_curves({str(run): {"a": np.zeros(9)} for run in range(20)})
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in fig.axes[0].lines}) == 20
+
+
 def test_chosen_metrics_keep_their_order():
     """`metrics` selects and orders the panels."""
     fig = viz.plot_metric_curves(curves(), metrics=["speed", "ink_mass"])

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from visualization.style import LINES, SOFT, TITLE, finish, panels, styled, text_width
+from visualization.style import LINES, SOFT, TITLE, finish, line_look, panels, styled, text_width
 
 TRAINING_LENGTH = "training length"
 
@@ -65,10 +65,10 @@ def draw_curve(ax, values, run, label, name, xs=None):
     if values.ndim != 2:
         raise ValueError(f"{label}: {name} must be [num_seeds, F] or [F], got {list(values.shape)}")
     values = np.ma.masked_invalid(values)
-    color, line, marker = LINES[run % len(LINES)]
+    color, line, marker = line_look(run)
     frames = np.arange(values.shape[1]) if xs is None else np.asarray(xs)
     stride = max(1, len(frames) // 8)
-    first = run * stride // len(LINES)  # markers of different runs do not sit on top of each other
+    first = run % len(LINES) * stride // len(LINES)  # markers of different runs do not sit on top of each other
     marks = {"marker": marker, "markersize": 4.5, "markevery": (first, stride)}
     style = {"color": color, "linestyle": line, "linewidth": 1.8, "zorder": 3}
     ax.plot(frames, values.mean(axis=0), label=label, **style, **marks)

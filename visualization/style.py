@@ -37,6 +37,12 @@ LINES = (
 )
 
 
+def line_look(run):
+    """Colour, line style and marker of a figure's curve; from the eighth on, colours return with another line."""
+    again, i = divmod(run, len(LINES))
+    return LINES[i][0], *LINES[(i + again) % len(LINES)][1:]
+
+
 @dataclass(frozen=True)
 class Look:
     """How one kind of frame is drawn and what it means; solid cells have the edge colour and the hatch."""

@@ -52,10 +52,8 @@ def counted_flops(past_frames):
     """What PyTorch counts in SMALL's layers, in a call on 2 frames of 15 tokens: two models' difference."""
     totals = []
     for num_layers in (SMALL.num_layers, 2 * SMALL.num_layers):
-        model, cond = (
-            TinyCausalWanModel(replace(SMALL, num_layers=num_layers)),
-            {"prompt_embeds": torch.zeros(1, 4, 32)},
-        )
+        model = TinyCausalWanModel(replace(SMALL, num_layers=num_layers))
+        cond = {"prompt_embeds": torch.zeros(1, 4, 32)}
         model.attention = matmul_attention  # whose products are seen one by one
         video = torch.randn(1, 2 + past_frames, 1, 6, 10)
         with torch.no_grad():
