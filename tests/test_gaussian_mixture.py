@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_runs import REPOSITORY
+from tiny_runs import REPOSITORY, some_slow
 
 from experiments.gaussian_mixture import (
     FRAMES,
@@ -49,7 +49,7 @@ def test_judge():
     assert judge(TARGET.means + torch.tensor([0.0, 3.1 * TARGET.std]), TARGET)["on_target"] == 0
 
 
-@pytest.mark.parametrize("objective", ["sid", pytest.param("gan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("objective", some_slow(["sid", "gan"], {"gan"}))
 def test_the_others_reach_the_mixture_too(objective):
     """As DMD does in test_self_forcing.py: mean, shares of the components and spread."""
     start, end = distil(PAIR, objective, num_steps=200, snapshots=(0,))
