@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from dynamic_video_sf import causal_forcing_loss, consistency_loss, flow_matchin
 from flow_match import FlowMatchScheduler
 from generate import SamplingConfig, sample_blocks, sample_keys
 from kv_cache import block_sizes
+from precision import autocast, bf16_products
 from processes import OneProcess
 from randomness import generator, generators, rand, randn
 from run_folder import (
@@ -353,7 +354,7 @@ def update(run: Run, name: str, streams: list[Iterator[tuple[str, Tensor]]], rep
     model, optimizers = run.networks[name], run.optimizers[name]
     model.zero_grad(set_to_none=True)  # also what a generator loss may have left in the critic
     for stream in streams:
-        with autocast(run):
+        with autocast(run.config.autocast, run.device):
             loss_of, loss = next(stream)
         assert loss_of == name
         (loss / len(streams)).backward()
@@ -367,7 +368,8 @@ def update(run: Run, name: str, streams: list[Iterator[tuple[str, Tensor]]], rep
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale(run.step, run.config)
-        optimizer.step()
+        with bf16_products(run.device):
+            optimizer.step()
 
 
 def lr_scale(step: int, config: TrainingConfig) -> float:
@@ -375,22 +377,6 @@ def lr_scale(step: int, config: TrainingConfig) -> float:
     rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay_steps = config.decay_fraction * config.num_steps
     return rise * (min(1.0, (config.num_steps - step) / decay_steps) if decay_steps else 1.0)
-
-
-def autocast(run: Run):
-    kind = run.config.autocast
-    if kind == "auto":
-        kind = "bf16" if computes_in_bf16(run.device) else None
-    return torch.autocast(run.device.type, torch.bfloat16) if kind else nullcontext()
-
-
-@lru_cache
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether bf16 is native: a CPU that emulates it is slower than in fp32 (docs/trials.md)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def to(cond: dict[str, Tensor], device) -> dict[str, Tensor]:
@@ -475,7 +461,7 @@ def preview(run: Run, folder: Path) -> dict[str, float]:
     cond, uncond = (conditions(run, batch, x) for x in (run.encoder(prompts), run.encoder.null(len(prompts))))
     sampling, shape = SamplingConfig.of(asdict(run.config), num_frames), (num_frames, *run.data.frame_shape)
     keys = sample_keys(prompts, run.config.seed)
-    with autocast(run), torch.compiler.set_stance("force_eager"):
+    with autocast(run.config.autocast, run.device), torch.compiler.set_stance("force_eager"):
         blocks = list(sample_blocks(model, run.scheduler, cond, uncond, sampling, shape, keys))
     video = torch.cat([block.float().cpu() for block in blocks], dim=1)
     model.load_state_dict(trained)

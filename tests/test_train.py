@@ -414,27 +414,6 @@ def test_master_weights_stay_float32_under_autocast(stage, weights, tmp_path):
             assert nn.functional.cosine_similarity(one.grad.flatten(), other.grad.flatten(), dim=0) > 0.99
 
 
-def test_autocast_is_bf16_only_where_the_cpu_computes_in_it(weights, tmp_path, monkeypatch):
-    """autocast=auto, the default, is that of the processor's instructions; null and bf16 stay what they are."""
-    assert settings.TrainingConfig().autocast == "auto"
-    runs = {
-        kind: train.build(train.load_config([*options("teacher", tmp_path, weights), f"training.autocast={kind}"]))
-        for kind in ("auto", "null", "bf16")
-    }
-    for able, expected in (
-        ({"avx512_bf16": True}, True),
-        ({"amx_bf16": True}, True),
-        ({"avx2": True}, False),
-        ({}, False),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
-        train.computes_in_bf16.cache_clear()
-        for kind, lowers in {"auto": expected, "null": False, "bf16": True}.items():
-            with train.autocast(runs[kind]):
-                assert torch.is_autocast_enabled("cpu") == lowers
-    train.computes_in_bf16.cache_clear()
-
-
 def test_half_precision_masters_are_refused():
     """A builder that gives bf16 parameters is told to use autocast."""
     cfg = train.load_config(SIZES)

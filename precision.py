@@ -1,0 +1,43 @@
+"""In which precision a device computes: bfloat16 where it has it, float32 where it would only emulate it."""
+
+from contextlib import nullcontext
+from functools import lru_cache
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+@lru_cache
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether bf16 is native: a CPU that emulates it is slower than in fp32 (docs/trials.md)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def autocast(kind: str | None, device: torch.device):
+    """Networks under `kind` = "bf16", None, or "auto": bf16 where it is native."""
+    if kind == "auto":
+        kind = "bf16" if computes_in_bf16(device) else None
+    return torch.autocast(device.type, torch.bfloat16) if kind else nullcontext()
+
+
+def bf16_products(device: torch.device):
+    """Muon, which multiplies in bf16 whatever the weights are: with Float32Products where bf16 is not native."""
+    return nullcontext() if computes_in_bf16(device) else Float32Products()
+
+
+class Float32Products(TorchFunctionMode):
+    """Products of bf16 matrices are computed in float32 and rounded to bf16, as hardware that has bf16 does it.
+
+    A CPU that emulates bf16 takes ten times as long for the same numbers: a quarter of a step of training with Muon.
+    """
+
+    PRODUCTS = (torch.Tensor.__matmul__, torch.addmm)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        options = kwargs or {}
+        if function not in self.PRODUCTS or args[0].dtype != torch.bfloat16:
+            return function(*args, **options)
+        return function(*(x.float() for x in args), **options).bfloat16()
