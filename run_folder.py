@@ -69,9 +69,9 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def holds(folder: Path, config: str) -> bool:
-    """Whether the run in the folder is one of this config (as YAML)."""
+    """Whether the run in the folder is one of this config (as YAML), in whatever order either names its settings."""
     written = folder / "config.yaml"
-    return written.exists() and written.read_text() == config
+    return written.exists() and OmegaConf.load(written) == OmegaConf.create(config)
 
 
 def is_current(checkpoint: Path, training) -> bool:

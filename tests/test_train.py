@@ -13,6 +13,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny_runs import REPOSITORY, SIZES, TINY, assert_same, final_state, make_weights, names, options, rows, some_slow
 from torch import nn
 
@@ -342,9 +343,12 @@ def test_what_cannot_be_resumed_is_moved_aside(occupied, capsys, request):
 
 
 def test_an_unfinished_run_is_not_moved(weights, tmp_path, capsys):
-    """The same command goes on in place, and clears away writes that a kill cut short."""
+    """The same command goes on in place, and clears away writes that a kill cut short; in a config order is nothing."""
     command = options("teacher", tmp_path / "run", weights)
     crash_at(3, command)
+    written = tmp_path / "run" / "config.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(written))
+    written.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(reversed(config.items())))))
     (tmp_path / "run" / ".checkpoint_last.pt.123.tmp").write_bytes(b"half")
     train.main(command)
     assert names(tmp_path) == {"run"}
