@@ -40,6 +40,7 @@ from moving_mnist import DIRECTIONS, Digit, MovingMNIST, WorldConfig, format_pro
 FAINT = 0.1  # darker pixels are not ink: a grey haze must not pull the centroid to the middle
 EMPTY_MASS = 3.0  # a frame with less ink than three white pixels is empty; the thinnest real digit has 13
 NUM_REFERENCE_CLIPS = 800  # real ones, from which the moments of their features come
+VOTE = 7  # frames that say together which of several digits are seen
 NUM_HELD_OUT_CLIPS = 160  # real ones, that the tracker is measured on
 CANVAS = {1: 24, 2: 32}  # of the worlds that models of this course are trained in, by the number of digits
 WINDOW = 6  # frames of a motion window: its five steps cross the default canvas once
@@ -315,9 +316,9 @@ def evaluate_several(videos, prompts, *, world, tracker, frames_per_block=3):
     """The metrics of videos [B, F, C, H, W] in which each prompt names several digits, no two alike: digit_accuracy,
     motion_error and speed_kept, each the mean over a video's digits as the tracker sees them, ink, and block_jump.
 
-    A digit counts as seen where it is among the frame's surest, as many as the prompt names, and sure by a third. What
-    overlaps cannot always be told apart: compare with real clips. Ink is the mass of a frame divided by the mean one of
-    real clips.
+    A digit counts as seen where it is among the surest, as many as the prompt names, and sure by a third, on average
+    over VOTE frames around this one, because digits that overlap can often not be told apart in a single one. Some
+    never can: compare with real clips. Ink is the mass of a frame divided by the mean one of real clips.
     """
     digits = [parse_prompt(prompt) for prompt in prompts]
     if any(len({digit.label for digit in row}) != world.num_digits or len(row) != world.num_digits for row in digits):
@@ -326,6 +327,7 @@ def evaluate_several(videos, prompts, *, world, tracker, frames_per_block=3):
     headings = torch.tensor([[DIRECTIONS[digit.direction] for digit in row] for row in digits]).flatten(0, 1)
     videos = videos.clamp(-1, 1)
     sure, place = track(tracker, videos)  # [b f 10], [b f 10 2]
+    sure = F.avg_pool1d(sure.mT, VOTE, stride=1, padding=VOTE // 2, count_include_pad=False).mT
     one_each = labels[:, None].expand(-1, videos.shape[1], -1)  # [b f n]
     least = sure.topk(world.num_digits, dim=-1).values[..., -1:].clamp(min=1 / 3)
     found = sure.gather(-1, one_each) >= least
