@@ -67,7 +67,7 @@ def write_pages() -> None:
             write_page(path, (ROOT / path).read_text())
         elif path.suffix == ".ipynb":
             write_notebook(path)
-        elif path.suffix in PICTURES:
+        elif path.suffix in (*PICTURES, ".css"):
             (PAGES / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, PAGES / path)
 
