@@ -34,7 +34,7 @@ SHOWN = {"digit_accuracy": 2, "frechet_distance": 1, "motion_error": 2, "speed_k
 TOLERANCE = {"digit_accuracy": 0.05, "frechet_distance": 2, "motion_error": 0.15, "speed_kept": 0.05, "ink": 0.05}
 SHARE = {"frechet_distance": 0.25}  # of what it was, where that is more: far out a few videos decide
 
-COSTS = ("evaluations to train", "minutes to train", "evaluations per frame", "ms per frame")
+COSTS = ("evaluations to train", "minutes to train", "evaluations per frame", "ms per frame", "timed with")
 
 Records = dict[str, list[dict]]  # row -> one record per seed, each with the curves of one way to sample
 
@@ -139,12 +139,14 @@ def spans_of(records: Records) -> list[str]:
 
 
 def costs(records: list[dict]) -> list[str]:
-    """Means of what training took and what a frame takes to make; blanks for what was not trained here."""
+    """Means of what training took and what a frame takes to make, and by which instructions; blanks for what was not
+    trained here."""
     trained = [record for record in records if "evaluations" in record]
     evaluations, minutes = mean_of(trained, "evaluations"), mean_of(trained, "seconds") / 60
     sampling = [record["sampling"] for record in records]
     per_frame = [f"{mean_of(sampling, 'evaluations'):.1f}", f"{1000 * mean_of(sampling, 'seconds'):.1f}"]
-    return [*([f"{evaluations:,.0f}", f"{minutes:.0f}"] if trained else ["", ""]), *per_frame]
+    instructions = ", ".join(sorted({record["machine"]["vector_instructions"] for record in records}))
+    return [*([f"{evaluations:,.0f}", f"{minutes:.0f}"] if trained else ["", ""]), *per_frame, instructions]
 
 
 def mean_of(found: list[dict], name: str) -> float:
@@ -265,7 +267,8 @@ def write_page() -> None:
         f"in range if, measured anew, no span moves by more than {ranges()}. Evaluations are counted by a hook on the "
         "networks, in frames: forward 1, backward 2, teacher and critic included. Minutes of training are those of one "
         "core that nothing else wants (as long as the fastest tenth of the steps took); milliseconds per frame are "
-        "processor time of one thread, many videos at a time."
+        "processor time of one thread, many videos at a time; times compare where the processor's instructions are the "
+        "same."
     )
     PAGE.write_text("\n\n".join([head, *filter(None, sections)]) + "\n")
 

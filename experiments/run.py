@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from checkpoint import atomic, fingerprint, load_weights, save_weights
 from moving_mnist import WorldConfig
-from run_folder import Evaluations, machine
+from run_folder import Evaluations, holds, machine
 
 HERE = Path(__file__).parent
 NOISE_SEED = 1000  # plus the training seed: no video of an experiment shares its noise with another
@@ -283,13 +283,12 @@ def unpack(packed: dict):
 
 def finished(run: Run) -> bool:
     """Whether training is done and only the measuring is missing."""
-    config = run.folder / "config.yaml"
-    if not (run.folder / "checkpoint_final.pt").exists() or not config.exists():
+    if not (run.folder / "checkpoint_final.pt").exists():
         return False
     from settings import load_config
 
-    plan = load_plan(run.experiment)
-    return config.read_text() == OmegaConf.to_yaml(load_config(run.overrides(plan)), resolve=True)
+    config = load_config(run.overrides(load_plan(run.experiment)))
+    return holds(run.folder, OmegaConf.to_yaml(config, resolve=True))
 
 
 def begin_again(runs: list[Run]) -> Path:

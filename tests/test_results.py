@@ -310,7 +310,7 @@ def fake_record(one, plan, accuracy):
     record = {
         "overrides": one.overrides(plan), "weights": one.weights(plan), "seconds": 60, "evaluations": 1234.0,
         "settings": run.settings(tuple(one.overrides(plan))), "prepare": [],
-        "evaluation": one.evaluation(plan), "machine": {"processor": "abacus"},
+        "evaluation": one.evaluation(plan), "machine": {"processor": "abacus", "vector_instructions": "beads"},
         "curves": {"four steps": curves} | short, "stills": {},
         "sampling": dict.fromkeys(("four steps", *short), {"evaluations": 4.75, "seconds": 0.0123}),
     }  # fmt: skip
@@ -338,7 +338,7 @@ def test_the_page_says_what_the_records_say(laboratory):
     assert list(brief) == ["", "own", "data", "own, many"]
     assert brief["own"][:2] == ["3", "0.92 ± 0.02"] and brief["data"][1] == "0.72 ± 0.02"
     assert brief["own, many"][1] == ""  # too short for the span that is compared
-    assert brief["own"][-4:] == ["1,234", "1", "4.8", "12.3"]
+    assert brief["own"][-5:] == ["1,234", "1", "4.8", "12.3", "beads"]
     assert accuracy["digit accuracy"] == ["first block", "0-T", "T-2T", "3T-4T", "7T-8T"]
     assert accuracy["own, many"] == ["0.92 ± 0.02"] * 3 + ["", ""]
     assert "In digit accuracy over 3T-4T own is before data by 0.20." in page
