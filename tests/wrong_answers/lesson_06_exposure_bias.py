@@ -129,6 +129,21 @@ class AlwaysClean(Right):
         return self.generator.remember(past, t, cond, cache)
 
 
+class OneLevelForAll(Right):
+    """Draws its level once, for the whole video."""
+
+    def __init__(self, generator, scheduler, data, noisy=False, rng=None):
+        super().__init__(generator, scheduler, data, noisy, rng)
+        self.level = scheduler.warp(rand((len(data), 1), rng)[:, 0]) if noisy else None
+
+    def remember(self, x, t, cond, cache):
+        past = self.data[:, cache.next_frame : cache.next_frame + x.shape[1]]
+        if past.shape != x.shape:
+            raise ValueError("The data end here.")
+        t = self.level if self.noisy else t
+        return self.generator.remember(self.scheduler.add_noise(past, randn_like(past, self.rng), t), t, cond, cache)
+
+
 class TellsAnotherLevel(Right):
     """Noises to one level and tells the model another."""
 
@@ -232,7 +247,15 @@ WRONG = {
         over_all_seeds,
         whatever_is_there,
     ],
-    "DataPast": [RemembersItsOwn, AlwaysTheBeginning, OneBlockLate, AlwaysClean, TellsAnotherLevel, TakesWhatIsLeft],
+    "DataPast": [
+        RemembersItsOwn,
+        AlwaysTheBeginning,
+        OneBlockLate,
+        AlwaysClean,
+        OneLevelForAll,
+        TellsAnotherLevel,
+        TakesWhatIsLeft,
+    ],
     "MixedPast": [OneCoinForAll, OtherWayRound, GlobalCoin, MixesPixels],
 }
 RIGHT = {

@@ -103,7 +103,7 @@ def consistency(
     """Consistency distillation, block by block of the index, with room for a fault."""
     sizes = block_sizes(x0.shape[1], config.frames_per_block)
     if index is None:
-        index = randint(num_steps, (len(x0), len(sizes)), rng)
+        index = randint(num_steps + (fault == "off the grid"), (len(x0), len(sizes)), rng)
     step = torch.cat([index[:, [block]].expand(-1, size) for block, size in enumerate(sizes)], dim=1)
     linear = 1 - step / num_steps
     t, t_next = (u if fault == "not warped" else scheduler.warp(u) for u in (linear, linear - 1 / num_steps))
@@ -159,6 +159,7 @@ REGRESSION = (
 CONSISTENCY = (
     "gradient in the target",
     "not warped",
+    "off the grid",
     "same time",
     "noisy past",
     "data for a teacher",

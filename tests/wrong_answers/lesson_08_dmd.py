@@ -59,6 +59,14 @@ def normalises_over_the_batch(video, real_score, fake_score, *rest, mask=None, o
     return moved(video, (fake - real) / (video.detach() - real).abs().mean(), mask)
 
 
+def averages_over_what_is_masked(video, real_score, fake_score, *rest, mask=None, observe=None, **options):
+    with torch.no_grad():
+        fake, real = guesses(video, real_score, fake_score, *rest, **options)
+    error = video - (video - (fake - real) / mean_abs(video - real)).detach()
+    counts = 1.0 if mask is None else mask[:, :, None, None, None]
+    return 0.5 * (error.square() * counts).mean()
+
+
 def normalises_by_the_critic(video, real_score, fake_score, *rest, mask=None, observe=None, **options):
     with torch.no_grad():
         fake, real = guesses(video, real_score, fake_score, *rest, **options)
@@ -195,7 +203,7 @@ def bell(video, real, fake, scheduler, cond, uncond, guidance_scale, *, rng=None
 WRONG = {
     "dmd_loss": [
         *(wrong_sign, target_not_detached, through_the_scores, guides_the_critic, guides_as_the_reference),
-        *(normalises_over_the_batch, normalises_by_the_critic),
+        *(normalises_over_the_batch, normalises_by_the_critic, averages_over_what_is_masked),
     ],
     "gaussian_gap": [no_noise_in_the_guesses, slope_and_gap_swapped, forgets_the_chain_rule, wrong_way],
     "critic_loss": [keeps_the_graph, other_sign, regresses_the_video, without_noise],

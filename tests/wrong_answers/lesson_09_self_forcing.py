@@ -106,7 +106,7 @@ def frame_by_frame(num_frames, frames_per_block, gradient_frames):
 
 def own_rollout(generator, scheduler, noise, cond, config, *, cache=None, exit_step=None, rng=None, sampler=renoise,
                 observe=None, all_gradients=False, cuts_memory=True, noisy_memory=False, ends=True,
-                fresh=True):  # fmt: skip
+                fresh=True, lets_through=True):  # fmt: skip
     """A right one, and with a switch turned a wrong one."""
     cache = config.empty_cache() if cache is None else cache
     times = scheduler.denoising_times(config.denoising_steps)
@@ -127,7 +127,7 @@ def own_rollout(generator, scheduler, noise, cond, config, *, cache=None, exit_s
         yield x0
         level = config.context_noise / 1000
         kept = scheduler.add_noise(x_t if noisy_memory else x0, randn_like(x0, rng), level)
-        with torch.no_grad() if cuts_memory else nullcontext():
+        with nullcontext() if config.cache_gradient and lets_through or not cuts_memory else torch.no_grad():
             cache = generator.remember(kept, level, cond, cache)
     return cache if ends else None
 
@@ -142,6 +142,10 @@ def remembers_what_was_noisy(generator, scheduler, noise, cond, config, **option
 
 def builds_a_graph_for_memory(generator, scheduler, noise, cond, config, **options):
     return own_rollout(generator, scheduler, noise, cond, config, cuts_memory=False, **options)
+
+
+def always_cuts_memory(generator, scheduler, noise, cond, config, **options):
+    return own_rollout(generator, scheduler, noise, cond, config, lets_through=False, **options)
 
 
 def loses_the_cache(generator, scheduler, noise, cond, config, **options):
@@ -169,8 +173,10 @@ def makes_all_blocks_first(generator, scheduler, noise, cond, config, **options)
 def own_step(generator, real_score, fake_score, scheduler, noise, cond, uncond, config, *, loss=dmd_loss,
              student_video=core.training_rollout, data=None, rng=None, shared_rng=None, observe=None,
              critic_first=False, detached=True, ahead=False, always_fresh=False, one_time=False,
-             scale=None, guided=True, seeded=True):  # fmt: skip
+             scale=None, guided=True, seeded=True, asks_student_video=True, tells=True):  # fmt: skip
     """A right one, and with a switch turned a wrong one."""
+    if not asks_student_video:
+        student_video = core.training_rollout
 
     def roll(noise):
         return student_video(
@@ -195,7 +201,7 @@ def own_step(generator, real_score, fake_score, scheduler, noise, cond, uncond, 
     weight = config.guidance_scale if scale is None else scale
     generator_loss = partial(
         loss, video, real_score, critic, scheduler, cond, uncond, weight, t=first_time, rng=rng,
-        observe=tell("generator"),
+        observe=tell("generator") if tells else None,
     )  # fmt: skip
     if not critic_first:
         yield "generator", generator_loss()
@@ -242,12 +248,20 @@ def fresh_noise_from_torchs_state(*args, **options):
     return own_step(*args, seeded=False, **options)
 
 
+def always_on_its_own_past(*args, **options):
+    return own_step(*args, asks_student_video=False, **options)
+
+
+def generator_says_nothing(*args, **options):
+    return own_step(*args, tells=False, **options)
+
+
 def own_training_rollout(generator, scheduler, noise, cond, config, *, data=None, rng=None, shared_rng=None,
                          reencode=None, every_gradient=False, first_frames=False, own_exit=False,
-                         cut=False):  # fmt: skip
+                         cut=False, shortens=True):  # fmt: skip
     """A right one, and with a switch turned a wrong one."""
     lengths = config.clip_lengths()
-    short = config.shortest_share and rand((1,), shared_rng) < config.shortest_share
+    short = shortens and config.shortest_share and rand((1,), shared_rng) < config.shortest_share
     num_frames = lengths[0] if short else lengths[int(randint(len(lengths), (1,), shared_rng))]
     sizes = block_sizes(num_frames, config.rollout.frames_per_block)
     exit_step = core.draw_exit(config, len(sizes), None if own_exit else shared_rng)
@@ -280,6 +294,10 @@ def cut_from_the_student(*args, **options):
     return own_training_rollout(*args, cut=True, **options)
 
 
+def any_length_alike(*args, **options):
+    return own_training_rollout(*args, shortens=False, **options)
+
+
 def always_the_longest(generator, scheduler, noise, cond, config, *, shared_rng=None, rng=None, **options):
     sizes = block_sizes(noise.shape[1], config.rollout.frames_per_block)
     exit_step = core.draw_exit(config, len(sizes), shared_rng)
@@ -295,6 +313,7 @@ WRONG = {
         keeps_every_gradient,
         remembers_what_was_noisy,
         builds_a_graph_for_memory,
+        always_cuts_memory,
         loses_the_cache,
         renoises_with_old_noise,
         takes_every_step,
@@ -309,12 +328,15 @@ WRONG = {
         forgets_guidance,
         never_guides_the_critic,
         fresh_noise_from_torchs_state,
+        always_on_its_own_past,
+        generator_says_nothing,
     ],
     "training_rollout": [
         gradient_everywhere,
         scores_the_beginning,
         every_process_for_itself,
         cut_from_the_student,
+        any_length_alike,
         always_the_longest,
     ],
 }

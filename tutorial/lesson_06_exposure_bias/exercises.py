@@ -34,8 +34,8 @@ class DataPast:
     """A generator that remembers the data instead of what it made. The methods are those that `rollout` asks for:
 
     __call__(x_t, t, cond, cache=None) -> flow, and remember(x, t, cond, cache) -> the cache with the data's frames in
-    the place of x, noised to t, or with noisy=True to a level of its own per sample (uniform, then warped). data
-    [B, F, C, H, W]; remember raises ValueError where the data end too early.
+    the place of x, noised to t, or with noisy=True to a level of its own per sample and block (uniform, then warped).
+    data [B, F, C, H, W]; remember raises ValueError where the data end too early.
     """
 
     def __init__(self, generator, scheduler, data, noisy=False, rng=None):

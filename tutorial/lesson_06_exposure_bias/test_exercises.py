@@ -221,6 +221,13 @@ def test_a_noisy_past_has_its_own_levels(DataPast):
     )
 
 
+def test_every_block_of_a_noisy_past_has_another_level(DataPast):
+    data, recorder = torch.zeros(8, 4, 1, 8, 8), Recorder()
+    remembered(DataPast(recorder, SCHEDULER, data, noisy=True, rng=generator(0, "c")), data.split(2, dim=1))
+    first, second = (torch.as_tensor(t).flatten() for t in recorder.levels)
+    assert not torch.equal(first, second), "Two blocks were remembered at the same levels: draw t in every remember."
+
+
 def test_it_says_where_the_data_end(DataPast):
     data = clip(3)
     wrapped = DataPast(Recorder(), SCHEDULER, data)

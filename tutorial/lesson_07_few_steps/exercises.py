@@ -27,7 +27,8 @@ def ode_regression_loss(
     trajectory [B, K, F, C, H, W]: states at `times` (K numbers, falling from 1), the last one clean at time 0. Every
     block of every sample starts at a random state, or at index [B, num_blocks]; blocks that start clean are not
     counted. With teacher_forcing a block sees the clean ends of those before it. The model is called as
-    dynamic_video_sf.block_causal calls it. Helpers: block_sizes, randint, predict_x0, as the core imports them.
+    dynamic_video_sf.block_causal calls it. Helpers: kv_cache.block_sizes, randomness.randint,
+    dynamic_video_sf.predict_x0.
     """
     todo("predict the end of the trajectory from a random state of every block.")
 
@@ -39,6 +40,7 @@ def consistency_loss(
 
     Every block of the data x0 [B, F, C, H, W] is noised to a time of the grid scheduler.warp(1 - i / num_steps); index
     [B, num_blocks] says which i, by default random below num_steps. The teacher, guided, takes one Euler step to the
-    next time; from there `target` says where the block ends, and the model must say so from where it was.
+    next time; from there `target` says where the block ends, and the model must say so from where it was. More
+    helpers: dynamic_video_sf.Guided, randomness.randn_like.
     """
     todo("make the model say from here what the target says from one step further on.")

@@ -242,6 +242,18 @@ def test_the_teacher_takes_one_euler_step(consistency_loss):
     )
 
 
+def test_every_block_draws_its_own_step(consistency_loss):
+    model = Linear()
+    for seed in range(40):
+        consistency(consistency_loss, model, Linear(), Linear(), None, seed=seed)
+    t = torch.stack([call["t"].float() for call in model.calls])  # [n b f]
+    assert t.unique().numel() == 4 and t.min() > 0, (
+        f"Without an index each of the num_steps=4 starting times must occur, and no other; yours: {short(t.unique())}."
+    )
+    assert torch.equal(t[..., 0], t[..., 1]), "The frames of a block start at the same time."
+    assert (t[..., 0] != t[..., 2]).any(), "Every block of every sample draws a step of its own: index [B, num_blocks]."
+
+
 def test_noise_is_put_on_the_data(consistency_loss):
     model = Linear()
     consistency(consistency_loss, model, Linear(), Linear(), torch.full((2, 2), 3), num_steps=1000)

@@ -8,7 +8,8 @@ def dmd_loss(
     rng=None, t=None, noise=None, mask=None, observe=None,
 ):  # fmt: skip
     """A loss whose gradient moves video [B, F, C, H, W] from the critic's guess towards the guided teacher's, and
-    nothing else: a scalar.
+    nothing else: a scalar. Its gradient by the video is (x0_fake - x0_real) / normaliser / N, N the number of entries
+    that count; the normaliser is mean |video - x0_real| of each sample.
 
     real_score, fake_score: score(x_t, t, cond) -> flow. t: [B], by default scheduler.sample_times(B, rng); noise: like
     video, by default randn_like(video, rng). mask: bool [B, F], the frames that count, None for all.
@@ -18,10 +19,11 @@ def dmd_loss(
 
 
 def gaussian_gap(mean, t):
-    """The student makes N(mean, 1), the teacher knows N(0, 1), both scores are exact; one number per video.
+    """The student makes N(mean, 1), the teacher knows N(0, 1), both scores are exact. A video is a single number here;
+    mean and t are floats or tensors of one shape.
 
-    Returns (gap, slope): x0_fake - x0_real at time t, which is the same wherever x_t is; and the derivative by `mean`
-    of the KL divergence of the two distributions of x_t.
+    Returns (gap, slope) of that shape: x0_fake - x0_real at time t, which is the same wherever x_t is; and the
+    derivative by `mean` of the KL divergence of the two distributions of x_t.
     """
     todo("write down both guesses and both distributions of x_t.")
 

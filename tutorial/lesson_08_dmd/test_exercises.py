@@ -122,6 +122,10 @@ def test_masked_frames_stay(dmd_loss):
     assert not gradient[:, 1].any() and gradient[:, 0].any(), (
         "mask [B, F] names the frames that count: where it is False there should be no gradient."
     )
+    whole = pull(dmd_loss, the_video())
+    assert torch.allclose(gradient[:, 0], whole[:, 0] * 4 / 3, atol=1e-5, rtol=1e-3), (
+        "Three frames of four count: take the mean over their entries, not over all."
+    )
 
 
 def test_observe_is_told(dmd_loss):

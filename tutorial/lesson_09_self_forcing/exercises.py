@@ -44,8 +44,8 @@ def self_forcing_step(
 
 
 def training_rollout(generator, scheduler, noise, cond, config, *, data=None, rng=None, shared_rng=None, reencode=None):
-    """The student's clip of random length, left at random exits: its last config.gradient_frames frames
-    [B, f, C, H, W], and the exit step.
+    """The student's clip of random length (one of config.clip_lengths(), with probability config.shortest_share the
+    shortest), left at random exits: its last config.gradient_frames frames [B, f, C, H, W], and the exit step.
 
     noise [B, max_num_frames, C, H, W]; config: a SelfForcingConfig; data and reencode are for others and None here.
     """

@@ -89,6 +89,8 @@ def test_what_does_not_fit_is_refused(exits):
         (4, "there is no step 4 of four"),
         (-1, "-1 is no step"),
         ([0, 1], "two exits, three blocks"),
+        ([0, 4, 1], "there is no step 4 of four"),
+        ([0, -1, 2], "-1 is no step"),
     ):
         try:
             got = exits(exit_step, 3, 4)
@@ -235,6 +237,17 @@ def test_the_exit_call_alone_keeps_its_gradient(rollout):
     )
 
 
+def test_cache_gradient_lets_it_through(rollout):
+    student, config = Standin(), RolloutConfig(frames_per_block=2, cache_gradient=True)
+    blocks, _ = collect(rollout(student, SCHEDULER, start(6), {}, config, exit_step=1, rng=rng()))
+    gains = [memory["gain"] for memory in student.memories]
+    found = torch.autograd.grad(torch.cat(blocks, 1).sum(), gains, allow_unused=True)
+    assert [gradient is not None for gradient in found] == [True, True, False], (
+        "With config.cache_gradient the calls that remember are part of the graph; nobody reads what the last one "
+        "remembered."
+    )
+
+
 def test_it_remembers_what_it_made(rollout):
     student, config = Standin(), RolloutConfig(frames_per_block=2)
     blocks, _ = collect(rollout(student, SCHEDULER, start(6), {}, config, exit_step=1, rng=rng()))
@@ -283,13 +296,13 @@ def test_observe_and_sampler_are_used(rollout):
     )
 
 
-def algorithm(self_forcing_step, student=None, *, observe=None, loss=core.dmd_loss, **settings):
-    """The losses of a step for small stand-ins, and the three networks."""
+def algorithm(self_forcing_step, student=None, *, observe=None, loss=core.dmd_loss, given=None, **settings):
+    """The losses of a step for small stand-ins, and the three networks. given: more arguments for the step."""
     student, teacher, critic = student or Standin(0.5), Standin(0.2), Standin(0.4)
     settings = {"critic_steps": 3, "fresh_rollouts": True} | settings
     frames = dict.fromkeys(("gradient_frames", "min_num_frames", "max_num_frames"), 4)
     config = SelfForcingConfig(RolloutConfig(frames_per_block=2), 3.0, exit_rule="last", **frames, **settings)
-    draws = {"rng": rng(), "shared_rng": generator(0, "shared"), "observe": observe, "loss": loss}
+    draws = {"rng": rng(), "shared_rng": generator(0, "shared"), "observe": observe, "loss": loss} | (given or {})
     losses = self_forcing_step(student, teacher, critic, SCHEDULER, start(4), {"c": 1}, {"c": 0}, config, **draws)
     return losses, (student, teacher, critic)
 
@@ -353,6 +366,21 @@ def test_an_old_rollout_is_used_again(self_forcing_step):
     assert len(set(times)) == 3, f"Each critic update draws noise and time t anew; yours were at t = {times}."
 
 
+def test_student_video_makes_every_clip(self_forcing_step):
+    asked, data = [], start(4, seed=1)
+
+    def student_video(generator, scheduler, noise, cond, config, *, data, rng, shared_rng):
+        asked.append(data)
+        return core.training_rollout(generator, scheduler, noise, cond, config, rng=rng, shared_rng=shared_rng)
+
+    losses, _ = algorithm(self_forcing_step, given={"student_video": student_video, "data": data})
+    list(losses)
+    assert len(asked) == 4 and all(one is data for one in asked), (
+        "Every clip, also each of the critic's, is made by student_video, which is given data: other objectives put "
+        "another function there."
+    )
+
+
 def test_loss_and_observer_are_passed_on(self_forcing_step):
     given, heard = {}, []
 
@@ -372,6 +400,10 @@ def test_loss_and_observer_are_passed_on(self_forcing_step):
         "The loss is given times t [B] from score_times(scheduler, config, exit_step, batch, rng)."
     )
     assert heard.count("critic") == 3, "observe(network, **values) hears what flow_matching_loss says of the critic."
+    tell = given["options"].get("observe")
+    assert tell is not None, "The generator's loss is given an observe, too: it tells score_distance and normaliser."
+    tell(normaliser=torch.ones(BATCH))
+    assert heard.count("generator") == 1, 'What it says is passed on under the name "generator".'
 
 
 def test_the_generators_loss_may_guide_the_critic(self_forcing_step):
@@ -430,6 +462,16 @@ def test_the_last_frames_are_scored(training_rollout):
         f"The clip's length is drawn from config.clip_lengths(), here 4, 6 or 8 frames; in twelve tries yours "
         f"had {lengths}."
     )
+
+
+def test_some_clips_are_the_shortest(training_rollout):
+    for i in range(6):
+        student = Standin()
+        draws = {"rng": rng(), "shared_rng": generator(0, "short", i)}
+        training_rollout(student, SCHEDULER, start(8), {}, long_config(shortest_share=1.0), **draws)
+        assert max(call["frame"] for call in student.calls) == 2, (
+            "With shortest_share=1 every clip has the shortest length, 4 frames here."
+        )
 
 
 def test_only_their_blocks_are_differentiated(training_rollout):
