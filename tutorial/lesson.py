@@ -17,6 +17,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from textwrap import dedent
 
@@ -87,14 +88,15 @@ class Lesson:
 
     def turn(self, draw: Callable, **sliders) -> None:
         """Show what draw(**values) returns, anew whenever somebody moves one of its sliders, which are those of
-        `ipywidgets.interact`. SF_FAST shows it once: nobody is there to move anything."""
+        `ipywidgets.interact` and begin at draw's defaults. SF_FAST shows it once: nobody is there to move anything."""
 
+        @wraps(draw)
         def look(**values):
             if (shown := draw(**values)) is not None:  # a draw that shows by itself returns nothing
                 display(shown, metadata=alt(shown))
 
         if self.fast:
-            unmoved = interactive(lambda **values: None, **sliders).kwargs_widgets
+            unmoved = interactive(wraps(draw)(lambda **values: None), **sliders).kwargs_widgets
             look(**dict(zip(sliders, (slider.value for slider in unmoved), strict=True)))
         else:
             display(interactive(look, **sliders))

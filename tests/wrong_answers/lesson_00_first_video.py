@@ -71,6 +71,15 @@ def complains_without_a_way_out(num_frames, frames_per_block, *, first_frame=0):
         raise ValueError("wrong number of frames") from error
 
 
+def names_borders(num_frames, frames_per_block, *, first_frame=0):
+    try:
+        return by_walking(num_frames, frames_per_block, first_frame=first_frame)
+    except ValueError:
+        end = first_frame + num_frames
+        size = frames_per_block if isinstance(frames_per_block, int) else frames_per_block[-1]
+        raise ValueError(f"use {end // size * size} or {(end // size + 1) * size} frames") from None
+
+
 def by_walking(num_frames, frames_per_block, *, first_frame=0):
     """Walk over the whole video, block after block, and keep those from first_frame on."""
     at, sizes = 0, []
@@ -162,6 +171,12 @@ def forgets_where_it_is(loaded, video, prompt, num_frames, seed=0):
     return torch.cat([video, generate(*given, noise, cond, config, cache=cache, rng=rng)], dim=1)
 
 
+def draws_from_torchs_state(loaded, video, prompt, num_frames, seed=0):
+    given, noise, cond, config, _ = parts(loaded, prompt, num_frames, seed)
+    cache = prefill(*given, video, cond, config)
+    return torch.cat([video, generate(*given, noise, cond, config, cache=cache)], dim=1)
+
+
 def by_hand(loaded, video, prompt, num_frames, seed=0):
     given, noise, cond, config, rng = parts(loaded, prompt, num_frames, seed)
     cache, t = config.empty_cache(), config.context_noise / 1000
@@ -173,7 +188,13 @@ def by_hand(loaded, video, prompt, num_frames, seed=0):
 
 WRONG = {
     "to_pixels": [forgets_the_shift, wraps_around, cuts_off, stretches, gives_floats],
-    "block_sizes": [cuts_the_last_block, adds_frames, begins_the_pattern_anew, complains_without_a_way_out],
+    "block_sizes": [
+        cuts_the_last_block,
+        adds_frames,
+        begins_the_pattern_anew,
+        complains_without_a_way_out,
+        names_borders,
+    ],
     "draw_noise": [
         one_stream_for_all,
         whole_clips_at_once,
@@ -183,7 +204,13 @@ WRONG = {
         one_purpose,
         uniform,
     ],
-    "continue_video": [starts_anew, reads_it_in_one_block, gives_the_new_frames_alone, forgets_where_it_is],
+    "continue_video": [
+        starts_anew,
+        reads_it_in_one_block,
+        gives_the_new_frames_alone,
+        forgets_where_it_is,
+        draws_from_torchs_state,
+    ],
 }
 RIGHT = {
     "to_pixels": with_numpy,

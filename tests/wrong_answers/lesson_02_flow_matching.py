@@ -141,6 +141,13 @@ forgets_the_rng = loss_of(right_target, own_noise=True)
 spelled_out = loss_of(right_target)
 
 
+def knows_one_level_per_sample(model, scheduler, x0, cond, *, t=None, **options):
+    """Spreads t over the entries of a sample, [B, F] or not."""
+    if t is not None and t.ndim == 2:
+        t = t[:, 0]
+    return spelled_out(model, scheduler, x0, cond, t=t, **options)
+
+
 def parts(x, t, means, std):
     variance = ((1 - t) * std) ** 2 + t**2
     off = x[:, None] - (1 - t) * means
@@ -203,6 +210,7 @@ WRONG = {
         told_in_thousands,
         knows_one_parametrisation,
         forgets_the_rng,
+        knows_one_level_per_sample,
     ],
     "exact_flow": [nearest_mean, by_their_shares, means_where_they_were, points_without_width, the_score],
 }

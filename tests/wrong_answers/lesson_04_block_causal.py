@@ -64,6 +64,13 @@ def no_window_in_the_clean_half(block_sizes, sink_frames=0, window_frames=None, 
     return masked(block_sizes, sink_frames, None if clean_half else window_frames, clean_half)
 
 
+def sees_a_sink_to_come(block_sizes, sink_frames=0, window_frames=None, clean_half=False):
+    """The sink is seen from the first block on, also where it has not been made yet."""
+    mask = masked(block_sizes, sink_frames, window_frames, clean_half)
+    mask[:, :sink_frames] = True
+    return mask
+
+
 def by_loops(block_sizes, sink_frames=0, window_frames=None, clean_half=False):
     block = [i for i, size in enumerate(block_sizes) for _ in range(size)]
     first = [0, *accumulate(block_sizes)]
@@ -304,6 +311,7 @@ WRONG = {
         equal_blocks,
         loses_the_sink,
         no_window_in_the_clean_half,
+        sees_a_sink_to_come,
     ],
     "reach": [no_chain, the_other_way_round, counts_paths, one_layer_too_many],
     "leaks": [brighter, scaled, mean_change, believes_the_dead, frames_for_blocks, spoils_the_video],

@@ -143,7 +143,7 @@ class CountsModulo(Ring):
 
 
 class TwoStores:
-    """The sink in a store of its own, the window in a ring that is rolled."""
+    """A KVCache, copied into a store: all is allocated anew before it lies there."""
 
     gap = 0
 
@@ -169,6 +169,50 @@ class TwoStores:
         return self
 
 
+class LooksSlotsUp:
+    """Stores of tokens, and a list of which frame lies in which slot."""
+
+    gap = 0
+
+    def __init__(self, sink_frames, window_frames):
+        self.sink, self.where = sink_frames, [None] * (sink_frames + window_frames)
+        self.next_frame, self.stores, self.size = 0, [], 0
+
+    frames = property(lambda self: tuple(frame for frame in self.where if frame is not None))
+
+    @property
+    def layers(self):
+        used = len(self.frames) * self.size
+        return [tuple(store[:, :used] for store in pair) for pair in self.stores]
+
+    def free(self):
+        """An empty slot, or that of the oldest frame that is no sink."""
+        oldest = None if None in self.where else min(self.where[self.sink :])
+        return self.where.index(oldest)
+
+    def extend(self, layers, num_frames):
+        self.size = layers[0][0].shape[1] // num_frames
+        if not self.stores:
+            room = (1, len(self.where), 1, 1)
+            self.stores = [[x[:, : self.size].detach().repeat(room) for x in pair] for pair in layers]
+        for row in range(num_frames):
+            slot = self.free()
+            self.where[slot] = self.next_frame
+            self.next_frame += 1
+            for pair, stores in zip(layers, self.stores, strict=True):
+                for x, store in zip(pair, stores, strict=True):
+                    at, of = slot * self.size, row * self.size
+                    store[:, at : at + self.size] = x.detach()[:, of : of + self.size]
+        return self
+
+
+def filters_the_old_alone(cache, layers, num_frames):
+    """Keeps all new frames, also where the window is shorter than the block."""
+    after = cache.extend(layers, num_frames)
+    wide = replace(cache, window_frames=max(cache.window_frames or 0, num_frames)) if cache.window_frames else cache
+    return replace(wide.extend(layers, num_frames), window_frames=after.window_frames)
+
+
 WRONG = {
     "remembers": [counts_the_block, sink_inside_the_window, off_by_one, forgets_the_sink, sees_a_sink_to_come],
     "attend_with_past": [causal_at_the_top_left, causal_inside_the_block, past_alone, unscaled],
@@ -179,7 +223,8 @@ WRONG = {
         window_of_tokens,
         evicts_the_sink,
         writes_in_place,
+        filters_the_old_alone,
     ],
-    "RingCache": [OverwritesTheSink, ConcatenatesAnew, CountsModulo],
+    "RingCache": [OverwritesTheSink, ConcatenatesAnew, CountsModulo, TwoStores],
 }
-RIGHT = {"remembers": by_sets, "attend_with_past": spelled_out, "extend": frame_by_frame, "RingCache": TwoStores}
+RIGHT = {"remembers": by_sets, "attend_with_past": spelled_out, "extend": frame_by_frame, "RingCache": LooksSlotsUp}

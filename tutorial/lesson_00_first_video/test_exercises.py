@@ -1,5 +1,6 @@
 """Graders of lesson 0. `make grade LESSON=0`; each message says which idea is missing."""
 
+import re
 from dataclasses import replace
 from functools import cache
 from unittest import mock
@@ -80,6 +81,13 @@ def test_a_cut_block_is_refused_with_the_way_out(block_sizes):
         "to mend it."
     )
     complaint(block_sizes, 6, 3, first_frame=4)
+
+
+def test_the_way_out_counts_from_this_call(block_sizes):
+    words = complaint(block_sizes, 5, 3, first_frame=30)
+    assert "6" in re.findall(r"\d+", words), (
+        f'From frame 30 on, 3 or 6 frames fit, not 33 or 36: num_frames is counted from first_frame. Yours: "{words}".'
+    )
 
 
 KEYS = [
@@ -218,3 +226,9 @@ def test_the_past_is_read_block_by_block(continue_video):
         f"The new block was made as if it began at frame {watched.calls[:1]}; it begins at frame 6, after "
         "what was given."
     )
+
+
+def test_the_seed_fixes_what_follows(continue_video):
+    first, again, other = (continue_video(student(), real(0)[:, :3], PROMPT, 3, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first, again), "The same seed should give the same video: hand rng to prefill and to generate."
+    assert not torch.equal(first, other), "Another seed should give another video."

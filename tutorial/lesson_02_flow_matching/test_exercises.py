@@ -251,6 +251,16 @@ def test_other_quantities_weigh_otherwise(flow_matching_loss):
     )
 
 
+def test_frames_may_have_levels_of_their_own(flow_matching_loss):
+    x0, noise = pair(3, 2, 1, 4, 4)
+    options = {"t": torch.tensor([[0.2, 0.8]] * 3), "noise": noise, "parametrisation": "x0"}
+    loss = flow_matching_loss(Knows(x0, noise, off=0.5), FlowMatchScheduler(), x0, {}, **options)
+    assert abs(loss.item() - 0.25 * 0.34) < 1e-5, (
+        "t [B, F]: each frame's error counts with its own weight, here 0.25 x (0.04 + 0.64) / 2 in all, yours "
+        f"{loss.item():.3g}."
+    )
+
+
 CORNERS = torch.tensor([[-1.0, 0.6], [1.0, 0.6], [0.0, -1.1]])
 SHARES = torch.tensor([0.5, 0.3, 0.2])
 

@@ -50,6 +50,15 @@ def test_window_and_sink_are_the_blocks_own(frame_mask):
     )
 
 
+def test_a_sink_is_past_before_it_is_seen(frame_mask):
+    forced = table(frame_mask, (2, 2, 2), sink_frames=3, window_frames=0, clean_half=True)
+    got = [seen(forced, frame) for frame in (0, 4, 6, 8)]
+    assert got == [[0, 1], [0, 1, 2, 4, 5], [6, 7], [0, 1, 8, 9]], (
+        f"With a sink of 3 and no window, clean frames 0 and 4 and noisy frames 0 and 2 see {got}. A sink frame that "
+        "is not past yet is not seen: in the noisy half it would be the block's own clean copy."
+    )
+
+
 def test_in_teacher_forcing_the_clean_half_knows_nothing_of_the_noisy_one(frame_mask):
     mask = table(frame_mask, (2, 2, 2), clean_half=True)
     assert list(mask.shape) == [12, 12], "[clean || noisy] is twice as long: bool [2F, 2F]."

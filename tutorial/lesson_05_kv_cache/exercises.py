@@ -27,7 +27,8 @@ class RingCache:
     """A KVCache for inference alone, which allocates its memory once: use as KVCache(sink_frames, window_frames).
 
     next_frame, frames, gap (0) and extend(layers, num_frames) are those of KVCache, but extend may write in place and
-    return self. layers: per layer, keys and values [b l n d] of what it holds, in any order of the frames.
+    return self. layers: per layer, keys and values [b l n d] of what it holds, in any order of the frames; empty
+    before the first block, as frames is.
     """
 
     gap = 0

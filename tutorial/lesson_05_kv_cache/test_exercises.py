@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dynamic_video_sf import RolloutConfig, generate
 from flow_match import FlowMatchScheduler
@@ -106,6 +107,14 @@ def test_it_holds_what_the_window_leaves(extend):
     )
 
 
+def test_a_block_may_be_longer_than_the_window(extend):
+    cache = filled(extend, KVCache(sink_frames=1, window_frames=2), [3, 3])
+    assert tuple(cache.frames) == (0, 4, 5), (
+        "The new frames obey the rule, too: with a sink of 1 and a window of 2, frames 0, 4 and 5 are left after 6, "
+        f"not {cache.frames}."
+    )
+
+
 def test_keys_and_values_belong_to_those_frames(extend):
     cache = filled(extend, KVCache(sink_frames=1, window_frames=4), [3, 3, 3])
     wanted = torch.tensor([0, 5, 6, 7, 8]).repeat_interleave(TOKENS).float()
@@ -175,3 +184,29 @@ def test_its_memory_does_not_move(RingCache):
         if start >= 6:
             places.add(tuple(x.untyped_storage().data_ptr() for pair in ring.layers for x in pair))
     assert len(places) == 1, "Once the ring is full its tensors should lie where they lay: write into them."
+
+
+class Allocates(TorchFunctionMode):
+    """Entries of the largest tensor in new memory that a function of torch returned."""
+
+    entries = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+            self.entries = max(self.entries, made.numel())
+        return made
+
+
+def test_a_full_ring_makes_nothing_of_its_size(RingCache):
+    ring = RingCache(1, 12)
+    for start in range(0, 30, 3):
+        ring = ring.extend(numbered(start, 3), 3)
+    layers = numbered(30, 3)
+    with Allocates() as made:
+        ring.extend(layers, 3)
+    assert made.entries <= layers[0][0].numel(), (
+        f"A full ring took in a block of {layers[0][0].numel()} numbers per tensor and made a new tensor of "
+        f"{made.entries}: write the block into its slots, and leave the rest where it lies."
+    )
