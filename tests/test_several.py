@@ -157,6 +157,19 @@ def test_the_tracker_fits_any_canvas():
     assert replace(WORLD, canvas=24).num_digits == 2
 
 
+def test_the_shipped_tracker_knows_real_digits():
+    """Of the split for validation, in the world of configs/experiment/two_digits.yaml: where they are, nearly always,
+    and which they are, as far as overlaps can be told apart."""
+    world, prompts = WorldConfig(num_digits=2, canvas=32, split="validation", num_frames=24), uniform_prompts(20, 2)
+    clips = MovingMNIST(world, prompts=prompts).batch(range(20))
+    curves = evaluate_several(clips["video"], prompts, world=world, tracker=load_tracker())
+    assert sum(curves["digit_accuracy"]) / 24 > 0.9 and 0.9 < sum(curves["speed_kept"]) / 24 < 1.1
+    _, place = track(load_tracker(), clips["video"])
+    labels = clips["labels"][:, None, :, None].expand(-1, 24, -1, 2)
+    off = (place.gather(2, labels) - clips["positions"] - 6.5).norm(dim=-1)
+    assert off.median() < 0.7 and (off > 3).float().mean() < 0.05
+
+
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     """metrics.py with arguments; what it trains takes two steps and lies in tmp_path, what it measures is little."""

@@ -56,7 +56,7 @@ def test_the_numbers_of_the_readme_are_the_measured_ones(row):
         assert shown == f"{value['mean']:.2f} ± {value['std']:.2f}", (name, span)
 
 
-@pytest.mark.parametrize("name", [*PARENTS, "classifier", "second_classifier"])
+@pytest.mark.parametrize("name", [*PARENTS, "classifier", "second_classifier", "tracker"])
 def test_records_are_whole(name):
     """Command, seed, config, data, duration, machine and measured metrics, and a size that fits a repository."""
     assert {"command", "seed", "config", "data", "seconds", "machine"} <= record(name).keys()
