@@ -21,7 +21,7 @@ from hydra.errors import InstantiationException, MissingConfigException, Overrid
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from dynamic_video_sf import RolloutConfig, SelfForcingConfig, training_rollout
+from dynamic_video_sf import RolloutConfig, SelfForcingConfig
 from moving_mnist import WorldConfig
 from parametrisation import KINDS
 from tiny_causal_wan import WanConfig
@@ -239,8 +239,9 @@ def make_step(objective, codec=None) -> Callable:
     re-encodes where a clip is cut out of a longer rollout of the student's own."""
     options = {name: function(value) for name, value in objective.items() if name not in ("step", "needs", "critic")}
     step = function(objective.step)
-    if codec and options.get("student_video") is training_rollout:
-        options["student_video"] = partial(training_rollout, reencode=codec.reencode_last_frame)
+    makes_videos = options.get("student_video")
+    if codec and makes_videos and "reencode" in inspect.signature(makes_videos).parameters:
+        options["student_video"] = partial(makes_videos, reencode=codec.reencode_last_frame)
     try:
         inspect.signature(step).bind_partial(**options)
     except TypeError as error:

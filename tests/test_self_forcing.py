@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from dynamic_video_sf import (
@@ -21,6 +22,7 @@ from dynamic_video_sf import (
 from experiments.gaussian_mixture import Mixture, distil
 from flow_match import FlowMatchScheduler
 from randomness import generator, generators, randn
+from settings import make_step
 
 SCHEDULER = FlowMatchScheduler()
 BATCH, FRAME = 3, (1, 2, 2)
@@ -263,6 +265,28 @@ def test_a_clip_cut_out_of_a_longer_one_begins_anew_for_the_codec(gradient_frame
     for i in range(video.shape[1]):
         old, new = (torch.autograd.grad(x[:, i].sum(), student.weight, retain_graph=True)[0] for x in (plain, video))
         assert old and new == (0 if cut and i == 0 else old)
+
+
+def asks_for_it(*given, reencode=None, **options):
+    """A student_video of somebody's own that re-encodes."""
+
+
+def does_without(*given, **options):
+    """One that does not."""
+
+
+@pytest.mark.parametrize(("name", "handed"), [("asks_for_it", True), ("does_without", False)])
+def test_whoever_asks_for_reencode_is_handed_the_codecs(name, handed):
+    """So is `dynamic_video_sf.training_rollout`; without a codec nobody is."""
+
+    class Codec:
+        reencode_last_frame = staticmethod(lambda latents: latents)
+
+    for student_video, wanted in ((f"{__name__}.{name}", handed), ("dynamic_video_sf.training_rollout", True)):
+        objective = {"step": "dynamic_video_sf.self_forcing_step", "student_video": student_video, "needs": []}
+        for codec in (Codec(), None):
+            made = make_step(OmegaConf.create(objective), codec).keywords["student_video"]
+            assert (getattr(made, "keywords", {}).get("reencode") is not None) == (wanted and codec is not None)
 
 
 def test_without_gradient_a_training_rollout_keeps_none():

@@ -1,5 +1,6 @@
 """Lesson 12: wrong and right answers."""
 
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -236,9 +237,16 @@ class MixesKeysAsTheyAre:
         return tuple((1 - self.share) * x + self.share * y for x, y in zip(old, (key, value), strict=True))
 
 
-class ByFrame(MixesKeysAsTheyAre):
+class WritesIntoItself(MixesKeysAsTheyAre):
     def __init__(self, sink_frames, window_frames, share=0.1):
         super().__init__(sink_frames, window_frames, share, turn=True)
+
+
+class ByFrame(WritesIntoItself):
+    def extend(self, layers, num_frames):
+        after = copy(self)
+        after.store = dict(self.store)
+        return super(ByFrame, after).extend(layers, num_frames)
 
 
 WRONG = {
@@ -246,7 +254,7 @@ WRONG = {
     "never_seen": [absolute_positions, forgets_the_sink, never_follows, from_the_blocks_start, window_is_always_full],
     "move_later": [earlier, scales, all_axes, halves_for_pairs],
     "recache": [keeps_the_old, begins_at_zero, in_one_piece, on_top_of_the_old, always_clean, sink_left_alone],
-    "MeltingSink": [NeverMelts, SharesSwapped, MixesKeysAsTheyAre],
+    "MeltingSink": [NeverMelts, SharesSwapped, MixesKeysAsTheyAre, WritesIntoItself],
 }
 RIGHT = {
     "cache_bytes": by_counting,

@@ -94,6 +94,13 @@ def says_no_more(batch, gpus, micro_batch=1, sequence_parallel=1):
     return batch // (groups * micro_batch)
 
 
+def names_what_was_given(batch, gpus, micro_batch=1, sequence_parallel=1):
+    try:
+        return says_no_more(batch, gpus, micro_batch, sequence_parallel)
+    except ValueError:
+        raise ValueError(f"a batch of {batch} does not divide among {gpus} GPUs") from None
+
+
 def videos_of_a_gpu(batch, gpus, micro_batch=1, sequence_parallel=1):
     return micro_batch * solutions.parts_per_gpu(batch, gpus, micro_batch, sequence_parallel)
 
@@ -219,7 +226,7 @@ WRONG = {
         times_heads,
         one_layer,
     ],
-    "parts_per_gpu": [rounds_up, forgets_neighbours, says_no_more, videos_of_a_gpu],
+    "parts_per_gpu": [rounds_up, forgets_neighbours, says_no_more, names_what_was_given, videos_of_a_gpu],
     "without_wrappers": [prefixes_alone, replaces_anywhere, prefix_before_infixes, last_one_wins],
     "online_attention": [never_rescales, never_subtracts, forgets_the_width, follows_q, all_at_once, no_mask],
 }

@@ -1,5 +1,8 @@
 """Solutions of lesson 12: the core itself, where it has the function."""
 
+from copy import copy
+from dataclasses import replace
+
 import torch
 
 from dynamic_video_sf import recache
@@ -54,24 +57,19 @@ class MeltingSink:
 
     def extend(self, layers, num_frames):
         before, new = self.cache, range(self.next_frame, self.next_frame + num_frames)
-        self.cache = before.extend(layers, num_frames)
-        sink_frames = before.sink_frames
-        lost = [frame for frame in (*before.frames, *new) if frame not in self.frames]
-        if not lost or not sink_frames:
-            return self
-        melted = []
-        for i, pair in enumerate(self.cache.layers):
+        cache, after = before.extend(layers, num_frames), copy(self)
+        sink_frames, melted = before.sink_frames, []
+        lost = [frame for frame in (*before.frames, *new) if frame not in cache.frames] if sink_frames else []
+        for i, pair in enumerate(cache.layers):
             old = before.layers[i] if before.layers else [x[:, :0] for x in pair]
             held = [torch.cat(both, 1) for both in zip(old, layers[i], strict=True)]
             held = [x.unflatten(1, (len(before.frames) + num_frames, -1)) for x in held]  # [b f s n d]
-            keys, values = (x.unflatten(1, (len(self.frames), -1)).clone() for x in pair)
+            keys, values = (x.unflatten(1, (len(cache.frames), -1)).clone() for x in pair)
             for frame in lost:
                 place, slot = (*before.frames, *new).index(frame), frame % sink_frames
                 key, value = (x[:, place] for x in held)
                 keys[:, slot] += self.share * (move_later(key, slot - frame) - keys[:, slot])
                 values[:, slot] += self.share * (value - values[:, slot])
             melted.append((keys.flatten(1, 2), values.flatten(1, 2)))
-        self.cache = KVCache(
-            sink_frames, before.window_frames, next_frame=self.next_frame, frames=self.frames, layers=tuple(melted)
-        )
-        return self
+        after.cache = replace(cache, layers=tuple(melted))
+        return after

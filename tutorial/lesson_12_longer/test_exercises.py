@@ -328,6 +328,15 @@ def test_each_sink_frame_takes_its_own(MeltingSink):
     )
 
 
+def test_it_is_a_value(MeltingSink):
+    cache = filled_sink(MeltingSink, 6)
+    frames, values = tuple(cache.frames), cache.layers[0][1].clone()
+    cache.extend(numbered(6, 3), num_frames=3)
+    assert tuple(cache.frames) == frames and torch.equal(cache.layers[0][1], values), (
+        "extend returns a new cache and leaves the old one as it was, as that of KVCache does."
+    )
+
+
 def test_a_share_of_zero_is_a_cache(MeltingSink):
     cache = filled_sink(MeltingSink, 12, share=0.0)
     assert cache.layers[0][1][0, 0, 0, 0] == 0, "With share 0 the sink is what it was: frame 0's value of 0."

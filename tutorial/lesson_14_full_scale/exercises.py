@@ -18,7 +18,8 @@ def call_flops(config, tokens, past_tokens=0):
 
 def parts_per_gpu(batch, gpus, micro_batch=1, sequence_parallel=1):
     """How many micro batches a GPU works through for one step. sequence_parallel: so many GPUs work on one video.
-    Raises ValueError for a batch that does not divide, and names one that does."""
+    Raises ValueError for GPUs that do not split into groups of sequence_parallel, and for a batch that does not divide,
+    and then names one that does."""
     todo("say how many micro batches are accumulated.")
 
 

@@ -1,6 +1,7 @@
 """Graders of lesson 14. `make grade LESSON=14`; each message says which idea is missing."""
 
 import inspect
+import re
 from dataclasses import replace
 
 import torch
@@ -123,8 +124,13 @@ def test_what_does_not_divide_is_refused(parts_per_gpu):
         try:
             got = parts_per_gpu(batch, gpus, **more)
         except ValueError as error:
-            assert any(character.isdigit() for character in str(error)), (
-                "The error should name a number that fits: somebody has to type something else now."
+            named = {int(number) for number in re.findall(r"\d+", str(error))}
+            groups, left = divmod(gpus, more.get("sequence_parallel", 1))
+            at_once = groups * more.get("micro_batch", 1)
+            fits = any(n and n % at_once == 0 and (n != gpus or batch < gpus) for n in named)
+            assert named and (left or fits), (
+                "The error should name a number that fits, here a batch that is a multiple of "
+                f'{at_once}: somebody has to type something else now. Yours: "{error}".'
             )
             continue
         raise AssertionError(

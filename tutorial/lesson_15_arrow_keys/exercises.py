@@ -12,11 +12,11 @@ def direction_of(keys):
 
 
 def steer(live, digit, presses):
-    """An endless video under arrow keys: yields its blocks, the first one after the first press.
+    """A video under arrow keys: yields its blocks, one for each press; it ends when the presses do.
 
-    live: a live.Live, whose prompt names the digit already. presses: an iterable with the set of keys that is held down
-    when a block begins, block after block; the video ends with it. No key: it goes on as it was told last. The past is
-    kept.
+    live: a live.Live, whose prompt names the digit already; `change` and `next` are all that it is asked for. presses:
+    an iterable with the set of keys that is held down when a block begins, block after block. No key: it goes on as it
+    was told last. The past is kept.
     """
     todo("tell the live video a new direction when the keys ask for one, and take its next block.")
 
@@ -41,7 +41,7 @@ def turning_rollout(generator, scheduler, noise, cond, config, *, data=None, rng
 
 
 def obeyed(centroid, at, headings, world):
-    """The share of clips that take their first step after frame `at` as they are told: a float.
+    """The share of clips that take their first step after frame `at`, the first new one, as they are told: a float.
 
     centroid [B, F, 2]: of the ink, in pixels (y, x). headings [B, 2]: moving_mnist.DIRECTIONS of the new prompts. A
     step counts if it is closer to the told one, world.speed pixels along each axis of the heading, than half a
