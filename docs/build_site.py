@@ -79,6 +79,9 @@ def write_notebook(path: Path) -> None:
         executed = nbformat.read(EXECUTED / path.name, 4)
         if [cell.source for cell in executed.cells] == [cell.source for cell in book.cells]:
             book = executed
+    for cell in book.cells:
+        if "outputs" in cell:  # progress bars are for those who wait
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     pictures_to_files(book, path)
     text, _ = MarkdownExporter().from_notebook_node(book)
     where = f"*This page is [`{path}`]({path.name}) as it stands; open it with `make lab` to change things.*"
