@@ -26,9 +26,15 @@ def smallest_number(weight, dtype):
     return torch.finfo(dtype).tiny
 
 
-def by_exponent(weight, dtype):
+def whatever_the_sign(weight, dtype):
     exact = torch.tensor(weight, dtype=dtype).item()
     return 2.0 ** (math.frexp(abs(exact))[1] - 1) * torch.finfo(dtype).eps / 2
+
+
+def by_exponent(weight, dtype):
+    """Upwards from a negative power of two the numbers lie twice as close as below it."""
+    closer = weight < 0 and math.frexp(-weight)[0] == 0.5
+    return whatever_the_sign(weight, dtype) / (2 if closer else 1)
 
 
 def any_gap(a, b):
@@ -162,7 +168,7 @@ def sees_no_ink(log, real_ink):
 
 
 WRONG = {
-    "smallest_update": [whole_distance, relative_to_the_weight, of_one, smallest_number],
+    "smallest_update": [whole_distance, relative_to_the_weight, of_one, smallest_number, whatever_the_sign],
     "differ": [any_gap, spread_of_the_first, spread_of_all, standard_errors, two_seeds_will_do],
     "remembers_what_it_is_given": [
         always_content,

@@ -63,6 +63,7 @@ def wan_layer(weights, x, modulation, text, rotations, num_heads):
     """One layer of a text-to-video Wan, from its parameters alone: x [b f s e] -> [b f s e], all frames see all.
 
     weights: a WanLayer's state_dict. modulation [b f 6 e]: of the time, in the order shift, scale, gate of the
-    self-attention, then of the feed-forward. text [b L e]. rotations [f s, d / 2]. All eps are 1e-6.
+    self-attention, then of the feed-forward. text [b L e]. rotations [f s, d / 2]. All eps are 1e-6. The feed-forward
+    is linear, GELU in its tanh form, linear; norms without an entry in weights have none.
     """
     todo("write Wan's transformer block.")

@@ -12,7 +12,8 @@ def sid_loss(
         mean [(real - fake) ((real - video) - alpha (real - fake))] / mean |video - real|
 
     with the guesses `real` (guided) and `fake` at the same noised video. All but the normaliser is differentiated.
-    t, noise, mask and observe: as in dmd_loss.
+    t, noise, mask and observe: as in dmd_loss;
+    without them t is scheduler.sample_times(B, rng) and the noise randomness.randn_like(video, rng).
     """
     todo("write SiD next to DMD: who gets a gradient?")
 
@@ -29,7 +30,8 @@ def gan_discriminator_loss(real_logits, fake_logits, relativistic=False):
 
 def slope_penalty(discriminator, x, logits, sigma, rng=None):
     """How steep the discriminator is at x, without second derivatives: the mean over clips of the squared length of its
-    gradient, from one more call near by. discriminator(x) -> logits [B]; logits: those at x. A scalar."""
+    gradient, from one more call near by. discriminator(x) -> logits [B]; logits: those at x. The step
+    there: sigma * randomness.randn_like(x, rng). A scalar."""
     todo("measure a slope from two values.")
 
 

@@ -102,6 +102,15 @@ def test_masked_frames_do_not_count(sid_loss):
     )
 
 
+def test_it_draws_what_it_is_not_given(sid_loss):
+    video = the_video()
+    given = (video, Sees(0.7), Sees(0.4), SCHEDULER, COND, UNCOND, 1.0)
+    loss, again = (sid_loss(*given, rng=generators(0, "sid", samples=range(len(video)))) for _ in range(2))
+    assert torch.as_tensor(loss).isfinite() and torch.equal(torch.as_tensor(loss), torch.as_tensor(again)), (
+        "Without t and noise, as in training, it should draw both from rng."
+    )
+
+
 LOGITS = torch.tensor([2.0, -1.0, 0.5])
 OTHERS = torch.tensor([-0.5, 1.5, 0.0])
 

@@ -16,7 +16,8 @@ def differ(a, b):
 
 def remembers_what_it_is_given(model, cond, frame_shape):
     """Whether model.remember(x, t, cond, cache) depends on x and on nothing that the model saw in calls before: bool.
-    frame_shape: (C, H, W)."""
+    frame_shape: (C, H, W). cond is of one sample. kv_cache.KVCache() is an empty cache; .layers are its (keys, values).
+    A denoising call, model(x_t, t, cond, cache), comes before each remember."""
     todo("find out whether a model's cache is refreshed.")
 
 

@@ -39,10 +39,13 @@ def test_it_is_the_border(smallest_update):
 
 
 def test_a_negative_weight(smallest_update):
-    got = smallest_update(-3.0, torch.bfloat16)
-    assert got > 0 and moves(-3.0, 1.02 * got, torch.bfloat16) and not moves(-3.0, 0.98 * got, torch.bfloat16), (
-        f"The sign does not matter for how far the neighbours are; the update is positive. Yours is {got:.3g}."
-    )
+    for weight in (-3.0, -4.0):
+        got = smallest_update(weight, torch.bfloat16)
+        enough, less = (moves(weight, factor * got, torch.bfloat16) for factor in (1.02, 0.98))
+        assert got > 0 and enough and not less, (
+            f"From {weight} a positive update goes up, towards 0: what counts is the next number above, and above -4 "
+            f"it is half as far away as above 4. Yours is {got:.3g}."
+        )
 
 
 def seeds(mean, spread=0.01, count=5, seed=0):
@@ -83,6 +86,7 @@ def test_two_seeds_are_none(differ):
     assert not differ(np.array([0.5, 0.51]), np.array([0.9, 0.91])), (
         "With two seeds one does not know the spread: say that they differ from three seeds each on."
     )
+    assert differ(seeds(0.5, count=3), seeds(0.6, count=3)), "Three seeds each are enough, by the rule of RESULTS.md."
 
 
 class NeverRefreshed(TinyCausalWanModel):
