@@ -31,7 +31,8 @@ def bf16_products(device: torch.device):
 class Float32Products(TorchFunctionMode):
     """Products of bf16 matrices are computed in float32 and rounded to bf16, as hardware that has bf16 does it.
 
-    A CPU that emulates bf16 takes ten times as long for the same numbers: a quarter of a step of training with Muon.
+    A CPU that emulates bf16 takes many times as long for the same numbers, with Muon a quarter of a step of eight clips
+    (docs/trials.md).
     """
 
     PRODUCTS = (torch.Tensor.__matmul__, torch.addmm)

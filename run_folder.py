@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from checkpoint import atomic, locate
 from tiny_causal_wan import PatchEmbedding
@@ -71,7 +72,10 @@ def find(folder: Path, name: str) -> Path | None:
 def holds(folder: Path, config: str) -> bool:
     """Whether the run in the folder is one of this config (as YAML), in whatever order either names its settings."""
     written = folder / "config.yaml"
-    return written.exists() and OmegaConf.load(written) == OmegaConf.create(config)
+    try:
+        return written.exists() and OmegaConf.load(written) == OmegaConf.create(config)
+    except (YAMLError, OSError, ValueError):  # damaged, or somebody else's
+        return False
 
 
 def is_current(checkpoint: Path, training) -> bool:

@@ -158,6 +158,21 @@ def test_a_picture_is_shown_with_its_words(shown, tmp_path, monkeypatch):
     assert seen[-1][0].alt.startswith("In motion: ") and (tmp_path / "moves.gif").exists()
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_sliders_begin_at_the_defaults_of_what_they_draw(shown, monkeypatch, fast):
+    """Without a default, at the middle of a range and at the first of several options."""
+    lesson, seen = shown
+    monkeypatch.setattr(lesson, "fast", fast)
+    lesson.turn(
+        lambda size, digit=8, way="right": f"{digit} {way} {size}", digit=range(10), way=["up", "right"], size=(0, 4)
+    )
+    if fast:
+        assert seen[-1][0] == "8 right 2"
+    else:
+        values = {slider.description: slider.value for slider in seen[-1][0].kwargs_widgets}
+        assert values == {"digit": 8, "way": "right", "size": 2}
+
+
 def test_a_slider_that_shows_by_itself_shows_once(shown, monkeypatch):
     """Without anybody to move it: what draw returns is displayed, a figure with its words, and nothing for a draw that
     displays by itself."""

@@ -308,7 +308,7 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(params=["foreign", "another config", "newer weights", "finished"])
+@pytest.fixture(params=["foreign", "another config", "damaged config", "newer weights", "finished"])
 def occupied(request, weights, tmp_path):
     """A folder that cannot be resumed, and the command that meets it."""
     folder = tmp_path / "run"
@@ -325,18 +325,22 @@ def occupied(request, weights, tmp_path):
         train.main(command)
     else:
         crash_at(3, command + ["training.seed=1"] * (request.param == "another config"))
+        if request.param == "damaged config":
+            (folder / "config.yaml").write_text("training: {seed: [")
         os.utime(own / "start.safetensors")
     return folder, command
 
 
 def test_what_cannot_be_resumed_is_moved_aside(occupied, capsys, request):
-    """Foreign files, another config's run, one that started from older weights, a finished one: all kept, all whole."""
+    """Foreign files, another config's run or one that cannot be read, one that started from older weights, a finished
+    one: all kept, all whole."""
     folder, command = occupied
     folder.with_name("run.1").mkdir()
     before = tree(folder)
     train.main(command)
     assert tree(folder.with_name("run.2")) == before
     reason = {"foreign": "other files", "another config": "a run with other settings", "finished": "a finished run"}
+    reason["damaged config"] = reason["another config"]
     held = reason.get(request.node.callspec.params["occupied"], "a run from older weights")
     assert f"{folder} held {held}: moved to" in capsys.readouterr().out
     assert len(rows(folder)) == 4

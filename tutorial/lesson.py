@@ -96,8 +96,7 @@ class Lesson:
                 display(shown, metadata=alt(shown))
 
         if self.fast:
-            unmoved = interactive(wraps(draw)(lambda **values: None), **sliders).kwargs_widgets
-            look(**dict(zip(sliders, (slider.value for slider in unmoved), strict=True)))
+            look(**interactive(wraps(draw)(lambda **values: None), **sliders).kwargs)
         else:
             display(interactive(look, **sliders))
 

@@ -40,6 +40,19 @@ def points_outwards_at_the_wall(start, velocity, num_frames, reach):
     return positions, torch.where(wall, -velocities, velocities)
 
 
+def walks(start, velocity, num_frames, reach):
+    """Right, and frame after frame."""
+    position, positions, velocities = start, [], []
+    for _ in range(num_frames):
+        velocity = torch.where(position >= reach, -velocity.abs(), velocity)
+        velocity = torch.where(position <= 0, velocity.abs(), velocity)
+        positions.append(position)
+        velocities.append(velocity)
+        position = (position + velocity).abs()
+        position = reach - (reach - position).abs()
+    return torch.stack(positions), torch.stack(velocities)
+
+
 def folded(start, velocity, num_frames, reach):
     """Unfold the mirrors: a straight road whose every second stretch runs backwards."""
     road = start + velocity * axis(num_frames, start)
@@ -163,6 +176,7 @@ WRONG = {
         turns_a_frame_late,
         forgets_which_way,
         points_outwards_at_the_wall,
+        walks,
     ],
     "centre_of_mass": [x_first, brightest_pixel, divides_by_the_pixels, nothing_by_nothing, counts_pixels_as_equal],
     "frechet_between": [
