@@ -13,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from experiments.gaussian_mixture import draw as draw_mixture
 from experiments.run import HERE, all_runs, experiments, home_of, load_plan, measure_one, unpack
@@ -42,10 +43,11 @@ Records = dict[str, list[dict]]  # row -> one record per seed, each with the cur
 def load_records(experiment: str, plan) -> Records:
     """What has been run with the settings that the plan has now; a row that is sampled in two ways is two rows. Rows of
     other experiments that are shown beside come first, sampled in the ways that both have."""
-    runs = {run: run.row for run in all_runs(experiment, plan)}
+    runs = {}
     for name, row in plan.get("beside", {}).items():
         elsewhere, _, row = row.partition("/")
-        runs = {run: name for run in all_runs(elsewhere, load_plan(elsewhere), [row])} | runs
+        runs |= dict.fromkeys(all_runs(elsewhere, load_plan(elsewhere), [row]), name)
+    runs |= {run: run.row for run in all_runs(experiment, plan)}
     found: Records = {}
     for run, name in runs.items():
         if run.is_done(plan if run.experiment == experiment else load_plan(run.experiment)):
@@ -187,18 +189,16 @@ def section(experiment: str) -> str:
     head = f"## {plan.title}\n\n{' '.join(plan.asks.split())}"
     if set(records) <= set(plan.get("beside", {})):
         return f"{head}\n\nNothing of it has been run with these settings: `python -m experiments.run {experiment}`."
-    draw = sick_figure if "stills" in plan else curves_figure
     machines = sorted({record["machine"]["processor"] for own in records.values() for record in own})
-    signs = [f"- **{row}**: {' '.join(sign.split())}" for row, sign in plan.get("signs", {}).items()]
     return "\n\n".join(
         [
             head,
-            draw(experiment, plan, records),
+            *([] if "stills" in plan else [curves_figure(experiment, plan, records)]),
             brief(records),
             differences(records, plan.get("against")),
             every_span(records),
             " ".join(plan.get("found", "").split()),
-            *(["\n".join(signs)] if signs else []),
+            *(gallery(plan, records) if "stills" in plan else []),
             f"`python -m experiments.run {experiment}`; {plan.evaluation[FEW].num_videos} videos per run, noise seed "
             f"1000 plus the training seed; one thread of {', '.join(machines)}. Settings: "
             f"`experiments/{experiment}.yaml`.",
@@ -218,19 +218,20 @@ def curves_figure(experiment: str, plan, records: Records) -> str:
     return f"![{plan.title}: metrics over the frame index]({path})"
 
 
-def sick_figure(experiment: str, plan, records: Records) -> str:
-    """What the first seed of every row makes, and what its log shows, beside the first row's: all of them for the page,
-    and each alone for those who look a symptom up."""
+def gallery(plan, records: Records) -> list[str]:
+    """Of every row but the healthy first one: the sign, and what its first seed makes and its log shows beside that of
+    the first row."""
     seen = {row: (unpack(own[0]["stills"]), own[0]["log"]) for row, own in records.items() if own[0]["stills"]}
-    path = FIGURES / f"{experiment}.png"
-    plot_sick_runs(seen, path, plan.stills.every, plan.title)
     healthy, *others = plan.rows
     worst = {each.partition(", ")[0]: each for each in seen}  # of two ways to sample a row, the second
+    signs = {row: " ".join(plan.get("signs", {}).get(row, "").split()) for row in plan.rows}
+    found = [f"**{healthy}**: {signs[healthy]}"]
     for row in others:
         if {healthy, row} <= {*worst}:
-            pair = {each: seen[each] for each in (healthy, worst[row])}
-            plot_sick_runs(pair, FIGURES / f"{row}.png", plan.stills.every)
-    return f"![{plan.title}: videos, and signs in the log]({path})"
+            path = FIGURES / f"{row}.png"
+            plot_sick_runs({each: seen[each] for each in (healthy, worst[row])}, path, plan.stills.every)
+            found += [f"**{row}**: {signs[row]}", f"![{row} beside {healthy}: videos, and signs in the log]({path})"]
+    return found
 
 
 def mixture_section() -> str:
@@ -271,6 +272,13 @@ def write_page() -> None:
         "same."
     )
     PAGE.write_text("\n\n".join([head, *filter(None, sections)]) + "\n")
+    for figure in FIGURES.glob("*.png"):
+        reduce_colours(figure)
+
+
+def reduce_colours(figure: Path) -> None:
+    """To 256, which look the same and take less than half the bytes in the repository."""
+    Image.open(figure).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(figure, optimize=True)
 
 
 def ranges() -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import TINY, make_weights
 
@@ -215,8 +216,9 @@ def test_stills_and_signs_of_a_run_make_a_gallery(laboratory):
     assert set(record["log"]) == set(run.SIGNS) and len(record["log"]["score_distance"]) == 1
     results.write_page()
     page = (laboratory / "RESULTS.md").read_text()
-    assert "- **own**: It is fine." in page
-    assert (laboratory / "docs" / "results" / "tiny.png").stat().st_size > 10_000
+    assert page.index("**own**: It is fine.") < page.index("**data**: ") < page.index("](docs/results/data.png)")
+    picture = laboratory / "docs" / "results" / "data.png"
+    assert picture.stat().st_size > 10_000 and Image.open(picture).mode == "P"
 
 
 def test_one_seed_of_every_row_ships(laboratory):
