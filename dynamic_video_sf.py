@@ -523,11 +523,12 @@ def data_past_rollout(generator, scheduler, noise, cond, config: SelfForcingConf
 
 
 def one_call_video(generator, scheduler, noise, cond, config: SelfForcingConfig, *, data, rng=None, shared_rng=None):
-    """CausVid's clip (arXiv 2412.07772, Alg. 1): every block of the data noised to one of the few levels, and cleaned
-    in one block-causal call for all. No rollout, no cache; a block sees the others as noisy as they are."""
+    """CausVid's clip (arXiv 2412.07772, Alg. 1): every block of the data noised to one of the few levels or, as likely
+    as to each of them, left clean, and all of it cleaned in one block-causal call. No rollout, no cache; a block sees
+    the others as noisy as they are."""
     noise = noise[:, : data.shape[1]]
     sizes = torch.tensor(block_sizes(data.shape[1], config.rollout.frames_per_block))
-    times = torch.tensor(scheduler.denoising_times(config.rollout.denoising_steps))
+    times = torch.tensor([*scheduler.denoising_times(config.rollout.denoising_steps), 0.0])
     index = randint(len(times), (data.shape[0], len(sizes)), rng).repeat_interleave(sizes, dim=1)  # [b f]
     t = times[index].to(data.device)
     causal = block_causal(generator, config.rollout)

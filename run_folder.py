@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from checkpoint import atomic, locate
+from precision import computes_in_bf16
 from tiny_causal_wan import PatchEmbedding
 
 COLUMNS = [
@@ -217,6 +218,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processor": processor(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": computes_in_bf16(torch.device("cpu")),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }

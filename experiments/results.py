@@ -35,7 +35,23 @@ SHOWN = {"digit_accuracy": 2, "frechet_distance": 1, "motion_error": 2, "speed_k
 TOLERANCE = {"digit_accuracy": 0.05, "frechet_distance": 2, "motion_error": 0.15, "speed_kept": 0.05, "ink": 0.05}
 SHARE = {"frechet_distance": 0.25}  # of what it was, where that is more: far out a few videos decide
 
-COSTS = ("evaluations to train", "minutes to train", "evaluations per frame", "ms per frame", "timed with")
+COSTS = ("evaluations to train, in frames", "minutes to train", "evaluations per frame", "ms per frame", "timed with")
+
+HEAD = """\
+# Results
+
+Written by `make results` from the records of the runs in `experiments/records/`. T is the length of the teacher's \
+clips, {T} frames.
+
+- **±**: mean and standard deviation over training seeds; over seeds of noise for what was only measured.
+- **Before**: rows that were trained are said to differ where their means, over at least three seeds each, are \
+further apart than two pooled standard deviations. By chance alone that happens to one pair of equal rows in fourteen \
+with three seeds each, to one in seventy-five with five. Rows that are not said to differ may still do so.
+- **Evaluations** are counted by a hook on the networks, in frames: forward 1, backward 2, teacher and critic included.
+- **Minutes** of training are those of one core that nothing else wants (as long as the fastest tenth of the steps \
+took), **ms per frame** processor time of one thread, many videos at a time. Compare them where they were timed with \
+the same instructions of the processor.
+- **In range**: weights that ship, measured anew (`make results EVALUATE=1`), move in no span by more than {ranges}."""
 
 Records = dict[str, list[dict]]  # row -> one record per seed, each with the curves of one way to sample
 
@@ -101,7 +117,8 @@ def cell(values: np.ndarray, digits: int) -> str:
 def brief(records: Records) -> str:
     """Every shown metric, mean and spread over seeds, over the span that rows are compared on; and what a row costs."""
     span, metrics = compared_span(records), shown(records)
-    heads = ["", "seeds", *(metric.replace("_", " ") for metric in metrics), "accuracy since the first block", *COSTS]
+    lost = "change of accuracy since the first block"
+    heads = ["", "seeds", *(metric.replace("_", " ") for metric in metrics), lost, *COSTS]
     rows = [
         [
             row,
@@ -169,6 +186,8 @@ def differences(records: Records, against: str | None = None) -> str:
         if metric in shown(records):
             values = {row: of(own, metric, span) for row, own in records.items()}
             sentences.append(f"In {what} {differences_in(values, best, SHOWN[metric], against)}.")
+    if few := [row for row, own in records.items() if len(own) < 3]:
+        sentences.append(f"Not compared, for they have fewer than three seeds: {', '.join(few)}.")
     return " ".join(sentences)
 
 
@@ -260,17 +279,7 @@ def mixture_section() -> str:
 def write_page() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     sections = [*(section(name) for name in experiments()), mixture_section()]
-    head = (
-        "# Results\n\nWritten by `make results` from the records of the runs in `experiments/records/`. T is the "
-        f"length of the teacher's clips, {T} frames. Numbers are means over training seeds ± their standard deviation, "
-        "for what was only measured over seeds of noise. Rows that were trained are said to differ where their means, "
-        "over at least three seeds each, are further apart than two pooled standard deviations. Weights that ship are "
-        f"in range if, measured anew, no span moves by more than {ranges()}. Evaluations are counted by a hook on the "
-        "networks, in frames: forward 1, backward 2, teacher and critic included. Minutes of training are those of one "
-        "core that nothing else wants (as long as the fastest tenth of the steps took); milliseconds per frame are "
-        "processor time of one thread, many videos at a time; times compare where the processor's instructions are the "
-        "same."
-    )
+    head = HEAD.format(T=T, ranges=ranges())
     PAGE.write_text("\n\n".join([head, *filter(None, sections)]) + "\n")
     for figure in FIGURES.glob("*.png"):
         reduce_colours(figure)
