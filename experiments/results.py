@@ -8,6 +8,7 @@ is asked; what was found is said in its `found`, and of single rows in `signs`, 
 
 import argparse
 import json
+import re
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -42,6 +43,12 @@ HEAD = """\
 
 Written by `make results` from the records of the runs in `experiments/records/`. T is the length of the teacher's \
 clips, {T} frames.
+
+## In short
+
+{short}
+
+## How to read the tables
 
 - **±**: mean and standard deviation over training seeds; over seeds of noise for what was only measured.
 - **Before**: rows that were trained are said to differ where their means, over at least three seeds each, are \
@@ -279,7 +286,7 @@ def mixture_section() -> str:
 def write_page() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     sections = [*(section(name) for name in experiments()), mixture_section()]
-    head = HEAD.format(T=T, ranges=ranges())
+    head = HEAD.format(T=T, ranges=ranges(), short=in_short())
     PAGE.write_text("\n\n".join([head, *filter(None, sections)]) + "\n")
     for figure in FIGURES.glob("*.png"):
         reduce_colours(figure)
@@ -288,6 +295,17 @@ def write_page() -> None:
 def reduce_colours(figure: Path) -> None:
     """To 256, which look the same and take less than half the bytes in the repository."""
     Image.open(figure).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(figure, optimize=True)
+
+
+def in_short() -> str:
+    """What was found, a line for each experiment that says it."""
+    plans = [plan for plan in map(load_plan, experiments()) if "short" in plan]
+    return "\n".join(f"- [{plan.title}](#{anchor(plan.title)}). {' '.join(plan.short.split())}" for plan in plans)
+
+
+def anchor(title: str) -> str:
+    """Of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def ranges() -> str:

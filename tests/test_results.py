@@ -400,3 +400,13 @@ def test_shipped_weights_are_held_against_their_record(laboratory, capsys):
         results.evaluate_again("tiny/data")
     with pytest.raises(ValueError, match="tiny has no row"):
         results.evaluate_again("tiny")
+
+
+def test_the_page_begins_with_what_was_found(laboratory):
+    """A line for each experiment that says it, with a link to its section."""
+    (laboratory / "tiny.yaml").write_text((laboratory / "tiny.yaml").read_text() + "short: It holds out.\n")
+    title = load_plan("tiny").title
+    results.write_page()
+    page = (laboratory / "RESULTS.md").read_text()
+    assert f"- [{title}](#{results.anchor(title)}). It holds out." in page.split("## How to read")[0]
+    assert results.anchor("Own past, or the data's: which?") == "own-past-or-the-datas-which"
