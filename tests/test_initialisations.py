@@ -15,8 +15,10 @@ from dynamic_video_sf import (
     Guided,
     RolloutConfig,
     block_causal,
+    causal_forcing_loss,
     consistency_loss,
     euler,
+    flow_matching_loss,
     generate,
     ode_regression_loss,
     ode_trajectory,
@@ -105,6 +107,19 @@ def test_a_causal_teachers_pairs_need_its_clean_past(model):
     assert forced < 1e-9 < 1e-5 < free
 
 
+@pytest.mark.parametrize("teacher, frames_per_block", [("teacher", 12), ("init", 3)])
+def test_pairs_are_the_guided_ode_of_their_teacher(teacher, frames_per_block, weights):
+    """Of every prompt against none, from the samples' own noise, in the blocks that the teacher knows."""
+    loaded, prompts = ode_pairs.load_model(weights / f"{teacher}.safetensors"), uniform_prompts(2)
+    pairs = ode_pairs.make_pairs(loaded, prompts, range(5, 7), 4, 3.0, KEEP, seed=1)
+    window = loaded.sampling.rollout.window_frames
+    config = RolloutConfig(KEEP, frames_per_block, window_frames=window)
+    noise = randn((2, 12, 1, 24, 24), [generator(1, "ode pairs", i) for i in (5, 6)])
+    guided = Guided(loaded.model, loaded.encoder.null(2), 3.0)
+    expected = ode_trajectory(guided, loaded.scheduler, noise, loaded.encoder(prompts), config, KEEP)
+    torch.testing.assert_close(pairs, expected)
+
+
 # ------------------------------------------------------------------------------------------------------- consistency
 
 
@@ -155,6 +170,44 @@ def test_a_perfect_student_is_consistent():
     index = torch.zeros(BATCH, 2, dtype=torch.long)
     assert consistency(oracle, oracle, oracle, x0) < 1e-9
     assert consistency(jump, oracle, oracle, x0, index=index).item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_consistency_teacher_alone_is_guided():
+    """For flows that are one number everywhere, the loss is the step times (g - model) + t_next (target - model),
+    squared, with g = uncond + w (cond - uncond)."""
+
+    def network(gain):
+        return lambda x_t, t, cond, **options: torch.full_like(x_t, gain * cond)
+
+    x0, index, w = start(6), torch.tensor([[0, 5], [11, 7]]), 3.0
+    for target, flow in ((network(1.0), 1.0), (network(0.6), 0.6)):
+        given = network(1.0), target, network(2.0), SCHEDULER, x0, 0.5, -0.2, w, RolloutConfig(frames_per_block=3)
+        loss = consistency_loss(*given, num_steps=12, index=index)
+        grid = SCHEDULER.warp(1 - torch.arange(13) / 12)
+        t, t_next = grid[index], grid[index + 1]
+        guided = 2.0 * (-0.2 + w * (0.5 - -0.2))
+        miss = (t - t_next) * (guided - 0.5) + t_next * 0.5 * (flow - 1)
+        torch.testing.assert_close(loss, miss.square().mean())
+
+
+def test_consistency_draws_every_step_for_every_block():
+    """Times are those of the grid that a step begins at, pure noise among them, each block's its own."""
+    seen = []
+
+    def model(x_t, t, cond, **options):
+        seen.append(t)
+        return x_t
+
+    x0, config = torch.zeros(2000, 4, 1, 1, 1), RolloutConfig(frames_per_block=2)
+    consistency_loss(model, model, model, SCHEDULER, x0, {}, {}, 1.0, config, num_steps=4, rng=generator(0, "index"))
+    teacher, target, student = seen
+    assert torch.equal(teacher, student) and (target < student).all()
+    assert torch.equal(student[:, ::2], student[:, 1::2])
+    index = (student[:, ::2, None] - torch.tensor(SCHEDULER.denoising_times(KEEP))).abs().argmin(2)
+    for block in (0, 1):
+        torch.testing.assert_close(index[:, block].bincount() / 2000, torch.full((4,), 0.25), atol=0.05, rtol=0)
+    assert abs(torch.corrcoef(index.T.float())[0, 1]) < 0.1
+    assert student.max() == 1 and target.min() == 0
 
 
 # ---------------------------------------------------------------------------------------------- storage and train.py
@@ -284,3 +337,43 @@ def test_a_student_starts_by_consistency(weights, tmp_path):
                 "init", tmp_path / "b", weights, *more, f"training.teacher_checkpoint={weights}/teacher.safetensors"
             )
         )
+
+
+@pytest.mark.parametrize("init", [None, "teacher_forcing", "diffusion_forcing", "ode_pairs", "consistency"])
+def test_what_a_first_step_minimises(init, weights, tmp_path, monkeypatch):
+    """stage=teacher and each init= of stage=init: its loss, of the run's own data, with the run's own settings."""
+    stage = "init" if init else "teacher"
+    more = ["training.guidance_scale=3.0", *([f"init={init}"] if init else [])]
+    if init == "ode_pairs":
+        arguments(monkeypatch, tmp_path, weights, num_pairs=2)
+        ode_pairs.main()
+        more.append(f"data.folder={tmp_path}")
+    elif init == "consistency":
+        more.append(f"training.teacher_checkpoint={weights}/init.safetensors")
+    else:
+        more.append("training.parametrisation=x0")
+    run = train.build(train.load_config(options(stage, "unused", weights, *more)))
+    student = run.networks["generator"]
+    with torch.no_grad():
+        for parameter in student.parameters():  # another than its teacher
+            parameter.mul_(1.1)
+    rng, again = (generators(0, samples=range(2)) for _ in range(2))
+    ((network, loss),) = train.LOSSES[stage](run, range(2), rng, None)
+
+    settings = {"config": RolloutConfig(frames_per_block=3, window_frames=6), "rng": again}
+    if init == "ode_pairs":
+        batch, times = run.data.batch(range(2)), [*run.scheduler.denoising_times(KEEP), 0.0]
+        cond = run.encoder(batch["prompts"])
+        expected = ode_regression_loss(student, run.scheduler, batch["trajectory"], times, cond, **settings)
+    else:
+        video, cond = train.clips(run, range(2), again)
+        if init == "consistency":
+            teacher, none = run.teacher, run.encoder.null(2)
+            expected = consistency_loss(student, student, teacher, run.scheduler, video, cond, none, 3.0, **settings)
+        elif init:
+            settings |= {"teacher_forcing": init == "teacher_forcing", "parametrisation": "x0"}
+            expected = causal_forcing_loss(student, run.scheduler, video, cond, **settings)
+        else:
+            expected = flow_matching_loss(student, run.scheduler, video, cond, rng=again, parametrisation="x0")
+    assert network == "generator"
+    torch.testing.assert_close(loss, expected)

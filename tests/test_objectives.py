@@ -119,6 +119,23 @@ def test_a_noisy_past_has_a_level_of_its_own_for_every_block(model):
         torch.tensor([0.2, 0.5, 0.8])), atol=0.03, rtol=0)  # fmt: skip
 
 
+def test_a_past_of_data_has_the_context_noise(model):
+    """Under context noise the data are remembered as the student's own blocks would be: at the time that is told."""
+    data, seen = clip(6), []
+
+    class Spy:
+        def remember(self, x, t, cond, cache):
+            seen.append((x, t))
+            return cache.extend([], x.shape[1])
+
+    past, cache, rng = DataPast(Spy(), SCHEDULER, data, rng=streams()["rng"]), KVCache(), streams()["rng"]
+    for block in data.split(3, dim=1):
+        cache = past.remember(torch.zeros_like(block), 0.3, prompt(), cache)
+        x, t = seen[-1]
+        assert t == 0.3
+        torch.testing.assert_close(x, 0.7 * block + 0.3 * randn(block.shape, rng))
+
+
 @pytest.mark.parametrize("memory", [{}, {"sink_frames": 1, "window_frames": 3}, {"window_frames": 3}], ids=str)
 def test_a_given_first_frame_is_a_clean_past(model, memory):
     """Image-to-video: what is remembered of the image is what a longer clip that begins with it leaves of its first
@@ -332,6 +349,24 @@ def test_a_gan_step_is_its_formula(relativistic, fresh_rollouts):
     assert next(losses, None) is None
 
 
+def test_a_gan_compares_at_the_times_of_its_own_rollout():
+    """With both bounds on, each loss is taken between the exit of the rollout that it judges and the next step."""
+    config = settings(2, RolloutConfig(frames_per_block=1), critic_steps=3, ts_schedule=True, ts_schedule_max=True)
+    student, judge, calls, times, exited = Squeeze(), Bowl(), [], [], set()
+    student.register_forward_pre_hook(lambda _, given: calls.append(given[3].next_frame))
+    judge.register_forward_pre_hook(lambda _, given, told: times.append(told["t"]), with_kwargs=True)
+    for seed in range(8):
+        given = start(2), {"prompt": 0.4}, {"prompt": 9.0}, config
+        for _ in gan_step(student, None, judge, SCHEDULER, *given, data=clip(2), **streams(f"gan {seed}")):
+            exit_step = calls.count(0) - 1
+            high, low = (SCHEDULER.warp(edge / 1000) for edge in (1000, 750, 500, 250, 0)[exit_step : exit_step + 2])
+            t = torch.stack(times)
+            assert max(low, 0.02) - 1e-6 <= t.min() and t.max() <= min(high, 0.98) + 1e-6
+            exited.add(exit_step)
+            calls.clear(), times.clear()
+    assert exited == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("relativistic", [True, False])
 @pytest.mark.parametrize("fresh_rollouts", [True, False])
 def test_the_gan_brings_a_student_to_the_data(relativistic, fresh_rollouts):
@@ -376,6 +411,28 @@ def test_a_discriminator_reads_the_layers_it_is_told_to(model):
     assert not judge.hidden  # nothing of a clip outlives its call
     with pytest.raises(ValueError, match="layers must lie between 0 and 1, got"):
         Discriminator(model, layers=(2,))
+
+
+def test_a_discriminator_is_its_formula(model):
+    """The backbone is asked about the very clip, time and prompt; of each chosen layer a learned token reads what came
+    out, and the head sees all of them. Every register, every reader and every layer that is read learns."""
+    torch.manual_seed(0)
+    judge, told, made = Discriminator(model, layers=(0, 1)), [], []
+    given = clip(4), torch.tensor([0.3, 0.7]), prompt()
+    hooks = [block.register_forward_hook(lambda *seen: made.append(seen[-1][0])) for block in model.blocks]
+    hooks.append(model.register_forward_pre_hook(lambda _, seen: told.append(seen)))
+    logits = judge(*given)
+    for hook in hooks:
+        hook.remove()
+    assert [x is own for x, own in zip(told[0], given, strict=True)] == [True] * 3 and len(told) == 1
+    tokens = []
+    for reader, hidden in zip(judge.readers, made, strict=True):
+        token = reader.register.expand(BATCH, 1, -1)
+        token = token + reader.cross_attn(token, reader.norm(hidden.flatten(1, 2)), None, model.attention)
+        tokens.append((token + reader.ffn(reader.norm_ffn(token)))[:, 0])
+    torch.testing.assert_close(logits, judge.head(torch.cat(tokens, dim=1))[:, 0])
+    learning = [*judge.readers.parameters(), *model.blocks.parameters()]
+    assert all(gradient is not None for gradient in torch.autograd.grad(logits.sum(), learning, allow_unused=True))
 
 
 def test_a_discriminator_scales_the_references_layers():
@@ -493,6 +550,86 @@ def test_what_a_step_on_data_costs(weights):
     for stage, cost in {"teacher": 3 * WHOLE, "init": 6 * WHOLE}.items():
         overrides = options(stage, "unused", weights, "training.short_clip_steps=0", "training.short_clip_share=0")
         assert next(train.training_loop(train.build(train.load_config(overrides))))["evaluations"] == cost
+
+
+def first_losses(objective, weights, *more):
+    """A run of two clips of 12 frames, and its first step's losses, not yet computed."""
+    command = [f"objective={objective}", "training.max_num_frames=12", *more]
+    run = train.build(train.load_config(options("self_forcing", "unused", weights, *command)))
+    rng = generators(run.config.seed, 0, "train", samples=range(2))
+    return run, train.self_forcing_losses(run, range(2), rng, lambda **_: None)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_an_objectives_networks_are_told(objective, weights, monkeypatch):
+    """The student remembers its own clean blocks; forced, the data, clean or each block as noisy as it is told;
+    CausVid's nothing. Student and critic read the prompts, the teacher also none."""
+    run, losses = first_losses(objective, weights)
+    student, remember, kept, read = run.networks["generator"], run.networks["generator"].remember, [], {}
+    monkeypatch.setattr(student, "remember", lambda x, t, *rest: kept.append((x, t)) or remember(x, t, *rest))
+    networks = {**run.networks, "teacher": run.teacher}
+    for name, network in networks.items():
+        if network:
+            backbone = getattr(network, "backbone", network)
+            backbone.register_forward_pre_hook(
+                lambda _, given, name=name: read.setdefault(name, []).append(given[2]["prompt_embeds"])
+            )
+    for _ in range(2):
+        next(losses)
+
+    batch = run.data.batch(range(2))
+    prompts, none = run.encoder(batch["prompts"])["prompt_embeds"], run.encoder.null(2)["prompt_embeds"]
+    assert all(torch.equal(x, prompts) for name in run.networks for x in read[name])
+    if run.teacher:
+        assert len(read["teacher"]) == 2
+        assert torch.equal(read["teacher"][0], prompts) and torch.equal(read["teacher"][1], none)
+
+    blocks = batch["video"].split(3, dim=1)[:3]
+    assert len(kept) == (0 if objective == "causvid" else 3)
+    if objective == "df_dmd":
+        times = torch.stack([t for _, t in kept])
+        assert times.shape == (3, 2) and len(times.unique()) == 6 and 0 < times.min() < times.max() < 1
+        for (x, t), block in zip(kept, blocks, strict=True):
+            wide = t.reshape(-1, 1, 1, 1, 1)
+            assert ((x - (1 - wide) * block) / wide).std() == pytest.approx(1, abs=0.2)
+    else:
+        assert all(t == 0 for _, t in kept)
+        same = [torch.equal(x, block) for (x, _), block in zip(kept, blocks, strict=False)]
+        assert same == [objective == "tf_dmd"] * len(kept)
+
+
+def test_the_numbers_of_sid_and_of_the_gan():
+    """With these signs a penalty penalises, and SiD's second term is the paper's."""
+    sid, gan = (train.make_step(train.load_config([f"objective={name}"]).objective) for name in ("sf_sid", "sf_gan"))
+    assert sid.keywords["loss"].keywords == {"alpha": 1.0}
+    told = {name: gan.keywords[name] for name in ("relativistic", "r1_weight", "r2_weight", "sigma")}
+    assert told == {"relativistic": True, "r1_weight": 1.0, "r2_weight": 1.0, "sigma": 0.1}
+
+
+@pytest.mark.parametrize("objective", ["sf_sid", "sf_gan"])
+def test_a_critic_steps_by_its_own_loss_alone(objective, weights):
+    """The generator's loss of these two leaves a gradient in the critic, which is gone when the critic's turn comes."""
+    still = ["training.lr=0.0", "training.critic_lr=0.0", "training.critic_steps=1"]
+    run, losses = first_losses(objective, weights, *still)
+    critic = list(run.networks["critic"].parameters())
+    (_, first), (_, second) = next(losses), next(losses)
+    left, own = (torch.autograd.grad(loss, critic, allow_unused=True) for loss in (first, second))
+    norms = [torch.cat([g.flatten() for g in found if g is not None]).norm().item() for found in (left, own)]
+    said = next(train.training_loop(first_losses(objective, weights, *still)[0]))
+    assert norms[0] > 1e-6 and said["critic_grad_norm"] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_a_whole_clip_is_one_block(weights):
+    """experiment=bidirectional: the student makes all the frames at once, with no past, as its teacher does."""
+    command = options("self_forcing", "unused", weights, "experiment=bidirectional")
+    run, seen = train.build(train.load_config(command)), []
+    run.networks["generator"].register_forward_pre_hook(lambda _, given: seen.append((*given, torch.is_grad_enabled())))
+    rng = generators(0, 0, "train", samples=range(2))
+    next(train.self_forcing_losses(run, range(2), rng, lambda **_: None))
+    times = run.scheduler.denoising_times(run.config.denoising_steps)
+    assert [(x_t.shape[1], t, cache.frames, graph) for x_t, t, _, cache, graph in seen] == [
+        (12, t, (), t == times[-1]) for t in times
+    ]
 
 
 MISTAKES = {
