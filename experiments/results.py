@@ -183,6 +183,8 @@ def differences(records: Records, against: str | None = None) -> str:
     """Every pair of trained rows, or only those with one of them, that differs in what they show, in how well it is
     drawn, or in what was lost since the first block; the better one first."""
     records, span, sentences = trained(records), compared_span(records), []
+    if not records:
+        return "Nothing was trained: the spreads are of noise alone."
     if sum(len(own) >= 3 for own in records.values()) < 2:
         return "No two rows were trained with three seeds, so no difference between them counts."
     for what, of, metric, best in (
