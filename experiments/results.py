@@ -201,13 +201,15 @@ def differences(records: Records, against: str | None = None) -> str:
 
 
 def differences_in(values: dict[str, np.ndarray], best, digits: int, against: str | None) -> str:
-    found = []
+    found = {}  # better row -> by how much it is before which others
     for a, b in combinations(values, 2):
         if against in (a, b, None) and differ(values[a], values[b]):
             better = best((a, b), key=lambda row: values[row].mean())
             worse = b if better == a else a
-            found.append(f"{better} is before {worse} by {abs(values[a].mean() - values[b].mean()):.{digits}f}")
-    return ", ".join(found) or "no two rows differ by that measure"
+            lead = abs(values[a].mean() - values[b].mean())
+            found.setdefault(better, []).append(f"before {worse} by {lead:.{digits}f}")
+    sentences = (f"{better} is {', '.join(others)}" for better, others in found.items())
+    return "; ".join(sentences) or "no two rows differ by that measure"
 
 
 def section(experiment: str) -> str:
