@@ -94,44 +94,43 @@ def test_only_the_block_at_hand_is_the_students(model):
         assert (other[0] - want[0]).abs().max() > 0.1
 
 
+class Spy:
+    """A generator that notes what it is to remember."""
+
+    def __init__(self):
+        self.seen = []
+
+    def remember(self, x, t, cond, cache):
+        self.seen.append((x, t))
+        return cache.extend([], x.shape[1])
+
+
 def test_a_noisy_past_has_a_level_of_its_own_for_every_block(model):
     """noisy=True: remembered is the data at a warped uniform time per sample and block, told to the model."""
-    data, seen = clip(6), []
-
-    class Spy:
-        def remember(self, x, t, cond, cache):
-            seen.append((x, t))
-            return cache.extend([], x.shape[1])
-
-    past, cache = DataPast(Spy(), SCHEDULER, data, noisy=True, rng=streams()["rng"]), KVCache()
+    data, spy = clip(6), Spy()
+    past, cache = DataPast(spy, SCHEDULER, data, noisy=True, rng=streams()["rng"]), KVCache()
     for block in data.split(2, dim=1):
         cache = past.remember(torch.zeros_like(block), 0.0, prompt(), cache)
-    times = torch.stack([t for _, t in seen])
+    times = torch.stack([t for _, t in spy.seen])
     assert times.shape == (3, BATCH) and len(times.unique()) == 3 * BATCH and times.min() > 0 and times.max() < 1
-    for (x, t), block in zip(seen, data.split(2, dim=1), strict=True):
+    for (x, t), block in zip(spy.seen, data.split(2, dim=1), strict=True):
         noise = (x - (1 - t.reshape(-1, 1, 1, 1, 1)) * block) / t.reshape(-1, 1, 1, 1, 1)
         assert 0.5 < noise.std() < 1.5
 
     u = SCHEDULER.warp(torch.rand(4000, generator=torch.Generator().manual_seed(1)))
-    many = DataPast(Spy(), SCHEDULER, data[:1, :2].expand(4000, -1, -1, -1, -1), True, torch.Generator().manual_seed(0))
+    many = DataPast(spy, SCHEDULER, data[:1, :2].expand(4000, -1, -1, -1, -1), True, torch.Generator().manual_seed(0))
     many.remember(many.data, 0.0, prompt(), KVCache())
-    torch.testing.assert_close(seen[-1][1].quantile(torch.tensor([0.2, 0.5, 0.8])), u.quantile(
+    torch.testing.assert_close(spy.seen[-1][1].quantile(torch.tensor([0.2, 0.5, 0.8])), u.quantile(
         torch.tensor([0.2, 0.5, 0.8])), atol=0.03, rtol=0)  # fmt: skip
 
 
 def test_a_past_of_data_has_the_context_noise(model):
     """Under context noise the data are remembered as the student's own blocks would be: at the time that is told."""
-    data, seen = clip(6), []
-
-    class Spy:
-        def remember(self, x, t, cond, cache):
-            seen.append((x, t))
-            return cache.extend([], x.shape[1])
-
-    past, cache, rng = DataPast(Spy(), SCHEDULER, data, rng=streams()["rng"]), KVCache(), streams()["rng"]
+    data, spy = clip(6), Spy()
+    past, cache, rng = DataPast(spy, SCHEDULER, data, rng=streams()["rng"]), KVCache(), streams()["rng"]
     for block in data.split(3, dim=1):
         cache = past.remember(torch.zeros_like(block), 0.3, prompt(), cache)
-        x, t = seen[-1]
+        x, t = spy.seen[-1]
         assert t == 0.3
         torch.testing.assert_close(x, 0.7 * block + 0.3 * randn(block.shape, rng))
 

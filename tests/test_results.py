@@ -375,6 +375,19 @@ def test_what_counts_as_a_difference():
     assert not results.differ(near[:2], far[:2])
 
 
+def test_a_sentence_names_who_is_before_whom_once():
+    """Grouped by the better row, which is the lower one of a distance; rows against which nobody asked are left out."""
+    values = {row: np.array([0.70, 0.72, 0.74]) + more for row, more in {"a": 0, "b": 0.2, "c": 0.01, "d": 0.4}.items()}
+    assert (
+        results.differences_in(values, max, 2, "b") == "b is before a by 0.20, before c by 0.19; d is before b by 0.20"
+    )
+    assert (
+        results.differences_in(values, min, 1, "d")
+        == "a is before d by 0.4; b is before d by 0.2; c is before d by 0.4"
+    )
+    assert results.differences_in({"a": values["a"], "c": values["c"]}, max, 2, None).startswith("no two rows")
+
+
 def test_shipped_weights_are_held_against_their_record(laboratory, capsys):
     """The same weights pass; a record of better ones than ship fails, by name."""
     plan, one = load_plan("tiny"), Run("tiny", "own", 0)
