@@ -219,17 +219,16 @@ def measure(checkpoint: Path | str, plan, run: Run) -> dict[str, dict]:
     return found
 
 
-def measure_one(checkpoint, seed, *, num_videos: int, num_frames: int, from_frame: int = 0, num_digits=1, **options):
+def measure_one(checkpoint, seed, *, num_videos: int, num_frames: int, from_frame: int = 0, world=None, **options):
     """Metrics of videos of all prompts, the videos, and what one of their frames cost: network evaluations and seconds
-    of the processor. from_frame: where the metrics begin. num_digits: of REAL videos. Other options are those of
-    `sampler_of`."""
+    of the processor. from_frame: where the metrics begin. world: of REAL videos, options of WorldConfig; by default
+    held-out digits of the default world. Other options are those of `sampler_of`."""
     import metrics
 
     if checkpoint == REAL:
-        world = WorldConfig(num_digits=num_digits, canvas=metrics.CANVAS[num_digits])
-        held_out = replace(world, split="validation", num_frames=num_frames)
-        make_videos = partial(metrics.real_videos, world=held_out)
-        evaluations = Evaluations([])
+        shown = WorldConfig(**{"split": "validation", **(world or {})})
+        make_videos = partial(metrics.real_videos, world=replace(shown, num_frames=num_frames))
+        world, evaluations = replace(shown, split="train"), Evaluations([])
     else:
         loaded, make = sampler_of(checkpoint, **options)
         world, make_videos = loaded.world, partial(make, loaded, num_frames=num_frames)

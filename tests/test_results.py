@@ -18,6 +18,8 @@ from experiments.sick import RoundedWeights, StaleCache
 from experiments.switching import BEFORE, CACHES, another_digit, another_direction, switched_videos
 from generate import load_model
 from kv_cache import KVCache
+from metrics import uniform_prompts
+from moving_mnist import MovingMNIST, WorldConfig
 from tiny_causal_wan import TinyCausalWanModel, WanConfig
 
 
@@ -101,6 +103,18 @@ def test_real_clips_are_a_row(laboratory):
     records = {"real": found * 3, "again": found * 3}
     assert results.trained(records) == {} and "3 of noise" in results.brief(records)
     assert results.differences(records).startswith("Nothing was trained")
+
+
+def test_real_clips_of_another_world():
+    """Held-out digits unless the world says which; a world of several is judged by the tracker."""
+    options, two = {"num_videos": 10, "num_frames": 12}, {"num_digits": 2, "canvas": 32, "sprites_per_class": 1}
+    of = lambda **world: measure_one("real", 3, **options, world=world)  # noqa: E731
+    (curves, own, _), held_out = of(**two, split="train"), of(**two)[1]
+    assert own.shape == (10, 12, 1, 32, 32) and not own.equal(held_out)
+    assert own.equal(
+        MovingMNIST(WorldConfig(**two), seed=1003, prompts=uniform_prompts(10, 2)).batch(range(10))["video"]
+    )
+    assert "frechet_distance" not in curves and sum(curves["digit_accuracy"]) / 12 > 0.9
 
 
 def test_a_network_is_measured_with_the_fault_that_it_was_trained_with(laboratory):
