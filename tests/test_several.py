@@ -158,7 +158,7 @@ def test_the_tracker_fits_any_canvas():
 
 
 def test_the_shipped_tracker_knows_real_digits():
-    """Of the split for validation, in the world of configs/experiment/two_digits.yaml: where they are, nearly always,
+    """Of the split for validation, on the canvas of configs/experiment/two_digits.yaml: where they are, nearly always,
     and which they are, as far as overlaps can be told apart."""
     world, prompts = WorldConfig(num_digits=2, canvas=32, split="validation", num_frames=24), uniform_prompts(20, 2)
     clips = MovingMNIST(world, prompts=prompts).batch(range(20))
