@@ -9,11 +9,11 @@ from torch.overrides import TorchFunctionMode
 
 @lru_cache
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether bf16 is native: a CPU that emulates it is slower than in fp32 (docs/trials.md)."""
+    """Whether bf16 pays: a CPU that emulates it is slower than in fp32, and so is Intel's without AMX (docs/trials.md)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return bool(able.get("amx_bf16") or able.get("avx512_bf16") and "Intel" not in able.get("cpu_name", ""))
 
 
 def autocast(kind: str | None, device: torch.device):

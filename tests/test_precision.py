@@ -28,8 +28,9 @@ def test_autocast_is_bf16_only_where_the_cpu_computes_in_it(monkeypatch):
     """autocast=auto, the default, is that of the processor's instructions; null and bf16 stay what they are."""
     assert settings.TrainingConfig().autocast == "auto"
     for able, expected in (
-        ({"avx512_bf16": True}, True),
-        ({"amx_bf16": True}, True),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
+        ({"amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
         ({"avx2": True}, False),
         ({}, False),
     ):
