@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 @lru_cache
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether bf16 pays: a CPU that emulates it is slower than in fp32, and so is Intel's without AMX (docs/trials.md)."""
+    """Whether bf16 pays: a CPU that emulates it is slower than in fp32, so is Intel's without AMX (docs/trials.md)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
