@@ -119,11 +119,10 @@ def test_a_run_goes_on_in_another_number_of_processes(weights, tmp_path, before,
 @pytest.mark.parametrize(
     "more",
     [
-        ["+processes.processes_per_replica=1"],
-        ["+processes.checkpoint_activations=false"],
-        ["+processes.offload=true"],
+        pytest.param(["+processes.processes_per_replica=1"], id="hybrid"),
+        pytest.param(["+processes.checkpoint_activations=false"], id="activations kept", marks=pytest.mark.slow),
+        pytest.param(["+processes.offload=true"], id="offload"),
     ],
-    ids=["hybrid", "activations kept", "offload"],
 )
 def test_other_ways_to_share_out_change_nothing(weights, tmp_path, more):
     """Whole models in each process, activations kept, parameters in the memory of the CPU."""

@@ -247,7 +247,7 @@ RUNS = {
 SHORT = ["training.num_steps=2", "training.critic_steps=1", "training.num_previews=1", "training.checkpoint_every=9"]
 
 
-@pytest.mark.parametrize("name", some_slow(RUNS, {"sf_dmd, two groups"}))
+@pytest.mark.parametrize("name", some_slow(RUNS, {"sf_sid", "sf_dmd, two groups"}))
 def test_groups_train_what_one_process_trains(weights, tmp_path, name):
     """The same losses, evaluations, parameters and averages after two steps of the same global batch."""
     count, more = RUNS[name]
