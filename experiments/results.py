@@ -14,11 +14,11 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from experiments.gaussian_mixture import draw as draw_mixture
 from experiments.run import HERE, all_runs, experiments, home_of, load_plan, measure_one, unpack
 from visualization import plot_metric_curves, plot_sick_runs
+from visualization.style import reduce_colours
 
 PAGE, FIGURES = Path("RESULTS.md"), Path("docs/results")
 T, FEW = 12, "four steps"
@@ -294,11 +294,6 @@ def write_page() -> None:
     PAGE.write_text("\n\n".join([head, *filter(None, sections)]) + "\n")
     for figure in FIGURES.glob("*.png"):
         reduce_colours(figure)
-
-
-def reduce_colours(figure: Path) -> None:
-    """To 256, which look the same and take less than half the bytes in the repository."""
-    Image.open(figure).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(figure, optimize=True)
 
 
 def in_short() -> str:

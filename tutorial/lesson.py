@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tutorial.grading import LESSONS, answers, grade, lesson_name, report
 from visualization import animate, save_video_grid
-from visualization.style import words_in
+from visualization.style import reduce_colours, words_in
 
 REPOSITORY = LESSONS.parent
 
@@ -84,6 +84,7 @@ class Lesson:
             if f"expected/{kept.name}" in notebook.read_text():
                 kept.parent.mkdir(exist_ok=True)
                 figure.savefig(kept, dpi=100)
+                reduce_colours(kept)
         display(figure, metadata=alt(figure))
 
     def turn(self, draw: Callable, **sliders) -> None:
