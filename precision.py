@@ -1,4 +1,4 @@
-"""In which precision a device computes: bfloat16 where it has it, float32 where it would only emulate it."""
+"""In which precision a device computes: bfloat16 where it is faster, float32 where it is not."""
 
 from contextlib import nullcontext
 from functools import lru_cache
@@ -17,14 +17,14 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 
 def autocast(kind: str | None, device: torch.device):
-    """Networks under `kind` = "bf16", None, or "auto": bf16 where it is native."""
+    """Networks under `kind` = "bf16", None, or "auto": bf16 where it pays."""
     if kind == "auto":
         kind = "bf16" if computes_in_bf16(device) else None
     return torch.autocast(device.type, torch.bfloat16) if kind else nullcontext()
 
 
 def bf16_products(device: torch.device):
-    """Muon, which multiplies in bf16 whatever the weights are: with Float32Products where bf16 is not native."""
+    """Muon, which multiplies in bf16 whatever the weights are: with Float32Products where bf16 does not pay."""
     return nullcontext() if computes_in_bf16(device) else Float32Products()
 
 

@@ -218,7 +218,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processor": processor(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "native_bf16": computes_in_bf16(torch.device("cpu")),
+        "computes_in_bf16": computes_in_bf16(torch.device("cpu")),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }

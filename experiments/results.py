@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.gaussian_mixture import draw as draw_mixture
-from experiments.run import HERE, all_runs, experiments, home_of, load_plan, measure_one, unpack
+from experiments.run import HERE, Run, all_runs, experiments, home_of, load_plan, measure_one, unpack
 from visualization import plot_metric_curves, plot_sick_runs
 from visualization.style import reduce_colours
 
@@ -225,6 +225,7 @@ def section(experiment: str) -> str:
             head,
             *([] if "stills" in plan else [curves_figure(experiment, plan, records)]),
             brief(records),
+            *unfinished(experiment, plan),
             differences(records, plan.get("against")),
             every_span(records),
             " ".join(plan.get("found", "").split()),
@@ -312,10 +313,15 @@ def ranges() -> str:
     return ", ".join(f"{x} in {metric.replace('_', ' ')}{more.get(metric, '')}" for metric, x in TOLERANCE.items())
 
 
-def missing() -> dict[str, int]:
-    """Experiment -> how many of its runs have no record with the settings of now."""
-    plans = {name: load_plan(name) for name in experiments()}
-    return {name: sum(not run.is_done(plan) for run in all_runs(name, plan)) for name, plan in plans.items()}
+def missing(experiment: str, plan) -> list[Run]:
+    """Its runs that have no record with the settings of now."""
+    return [run for run in all_runs(experiment, plan) if not run.is_done(plan)]
+
+
+def unfinished(experiment: str, plan) -> list[str]:
+    """A sentence that names the rows that are not there yet, with all their seeds."""
+    rows = dict.fromkeys(run.row for run in missing(experiment, plan))
+    return [f"Not run yet, or not with all seeds: {', '.join(rows)}."] if rows else []
 
 
 def evaluate_again(name: str) -> None:
@@ -353,7 +359,8 @@ def main() -> None:
             raise ValueError("--evaluate needs --only EXPERIMENT/ROW, such as main_table/sf_dmd.")
         return evaluate_again(args.only)
     write_page()
-    if left := [f"{count} of {name}" for name, count in missing().items() if count]:
+    runs = {name: missing(name, load_plan(name)) for name in experiments()}
+    if left := [f"{len(own)} of {name}" for name, own in runs.items() if own]:
         print(f"Runs without a record: {', '.join(left)}; `make results MISSING=1` does them.")
 
 

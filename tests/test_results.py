@@ -374,10 +374,12 @@ def test_runs_without_a_record_are_named(laboratory, monkeypatch, capsys):
         fake_record(Run("tiny", "own", seed), plan, 0.9)
     results.main()
     assert capsys.readouterr().out == "Runs without a record: 3 of tiny; `make results MISSING=1` does them.\n"
+    assert "Not run yet, or not with all seeds: data." in (laboratory / "RESULTS.md").read_text()
     for seed in plan.seeds:
         fake_record(Run("tiny", "data", seed), plan, 0.8)
     results.main()
     assert capsys.readouterr().out == ""
+    assert "Not run yet" not in (laboratory / "RESULTS.md").read_text()
 
 
 def test_what_counts_as_a_difference():
