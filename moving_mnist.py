@@ -188,7 +188,9 @@ class PromptEncoder:
     """The frozen text encoder of this world, as UMT5 is for Wan: one token per word, nothing to train.
 
     A token is the word's fixed vector of random signs (unit variance, and exact on every machine) plus a
-    sinusoidal code of its place. Without the places, attention could not tell which digit moves where.
+    sinusoidal code of its place. Where a prompt names several digits, it also holds half the sum of its clause's
+    words, as UMT5's tokens hold what is around them: places alone tell which digit moves where, but no model of
+    this size learnt to read it from them (docs/trials.md).
     """
 
     WORDS = ("a", "moving", "and", *map(str, range(10)), *DIRECTIONS)
@@ -221,13 +223,19 @@ class PromptEncoder:
     def _encode(self, prompt):
         if not prompt:
             return torch.zeros(0, self.text_dim)
-        words = format_prompt(parse_prompt(prompt)).split()
-        if len(words) > self.text_len:
+        clauses = [format_prompt([digit]).split() for digit in parse_prompt(prompt)]
+        num_words = sum(map(len, clauses)) + len(clauses) - 1
+        if num_words > self.text_len:
             raise ValueError(
-                f'"{prompt}" has {len(words)} words, but this encoder takes {self.text_len}; '
+                f'"{prompt}" has {num_words} words, but this encoder takes {self.text_len}; '
                 "name fewer digits, or build it (and the model) with a larger text_len"
             )
-        return torch.stack([self.vectors[word] for word in words]) + self.places[: len(words)]
+        context = 0.5 if len(clauses) > 1 else 0.0
+        tokens = []
+        for clause in clauses:
+            vectors = torch.stack([self.vectors[word] for word in clause])
+            tokens += [*vectors + context * vectors.sum(0), self.vectors["and"]]
+        return torch.stack(tokens[:-1]) + self.places[:num_words]
 
 
 def bounce(start, velocity, num_frames, reach):

@@ -360,6 +360,19 @@ def test_encoder_values_are_pinned():
     assert second[:2].tolist() == pytest.approx([-0.158529, 1.540302])
 
 
+def test_words_of_several_digits_know_their_clause():
+    """A digit is told from the direction beside it which of two moving digits it is: one look, and no counting."""
+    encoder = PromptEncoder()
+    vectors = encoder.vectors
+    (embeds,) = encoder(["a 3 moving up and a 7 moving down"])["prompt_embeds"] - encoder.places[:9]
+    for words, tokens in (("a 3 moving up", embeds[:4]), ("a 7 moving down", embeds[5:])):
+        words = words.split()
+        around = sum(vectors[word] for word in words) / 2
+        for word, token in zip(words, tokens, strict=True):
+            torch.testing.assert_close(token, vectors[word] + around)
+    torch.testing.assert_close(embeds[4], vectors["and"])
+
+
 def test_null_prompt_is_zeros():
     """The null prompt of guidance is one zero token, by name or as the empty string; L is never 0."""
     encoder = PromptEncoder(text_dim=8)
