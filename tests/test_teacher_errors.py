@@ -1,5 +1,7 @@
 """The exact score of a small world, against sums over all of its clips."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_runs import REPOSITORY
@@ -10,11 +12,17 @@ from moving_mnist import MovingMNIST, WorldConfig
 
 ONE = WorldConfig(canvas=20, num_frames=6, sprites_per_class=3)
 TWO = WorldConfig(canvas=20, num_frames=6, num_digits=2, sprites_per_class=1)
+APART = replace(TWO, canvas=24, apart=4)
 PROMPTS = {
     ONE: ["a 3 moving right", "a 7 moving up-left"],
+    APART: ["a 3 moving right and a 7 moving up-left", "a 4 moving down and a 4 moving down"],
     TWO: ["a 3 moving right and a 7 moving up-left", "a 4 moving down and a 4 moving down"],
 }
-NUM_CLIPS = {ONE: [3 * 12, 3 * 9], TWO: [12 * 9, 12 * 12]}  # of 4 x 4 places those whose first step stays inside
+NUM_CLIPS = {  # of 4 x 4 places those whose first step stays inside
+    ONE: [3 * 12, 3 * 9],
+    TWO: [12 * 9, 12 * 12],
+    APART: [12 * 9, 12 * 12],
+}
 
 
 def all_clips(world, prompt):
@@ -22,7 +30,7 @@ def all_clips(world, prompt):
     return frames[clips].movedim(1, 0)  # [m f pixels]
 
 
-@pytest.mark.parametrize("world", (ONE, TWO))
+@pytest.mark.parametrize("world", (ONE, TWO, APART))
 def test_every_clip_of_the_data_is_possible_and_every_possible_one_comes(world):
     """Sprites, places, bounces and overlaps: the clips of a prompt are those that the data set draws, and no others."""
     for prompt, count in zip(PROMPTS[world], NUM_CLIPS[world], strict=True):
@@ -32,7 +40,7 @@ def test_every_clip_of_the_data_is_possible_and_every_possible_one_comes(world):
         assert {clip.numpy().round(3).tobytes() for clip in drawn} == possible
 
 
-@pytest.mark.parametrize("world", (ONE, TWO))
+@pytest.mark.parametrize("world", (ONE, TWO, APART))
 @pytest.mark.parametrize("num_frames", (2, 6))
 @pytest.mark.parametrize("t", (0.3, 0.8, 0.95))
 def test_the_exact_mean_is_the_sum_over_all_clips(world, num_frames, t):
