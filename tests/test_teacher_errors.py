@@ -84,4 +84,4 @@ def test_the_teacher_of_two_digits_knows_which_moves_where(monkeypatch, capsys):
     teacher_errors.main()
     words = capsys.readouterr().out.split()
     found = {name: float(words[words.index(name) + 1]) for name in ("error", "swapped", "exact", "distance")}
-    assert found["exact"] < 0.01 < 0.1 < found["error"] < found["swapped"] - 0.002
+    assert found["exact"] < 0.01 < found["error"] < 0.13 < found["swapped"] - 0.05
