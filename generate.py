@@ -33,7 +33,6 @@ from simplified import (  # noqa: F401  (names of older documents, promised here
 from tiny_causal_wan import TinyCausalWanModel, WanConfig
 from visualization import save_video_grid
 
-LATER = ("apart",)  # fields that shipped files do not have yet, whose defaults are how it was before
 TEACHER_STEPS, TEACHER_FRESH_NOISE = 32, 0.5  # an ODE made worse clips: docs/trials.md
 
 
@@ -96,7 +95,7 @@ def load_model(path: str | Path, weights: str = "ema", device="cpu") -> LoadedMo
         raise ValueError(f"{path} carries no config: it was not written by train.py.")
     try:
         model = WanConfig(**pick(WanConfig, config["model"]))
-        world = WorldConfig(**pick(WorldConfig, config["world"]))
+        world = WorldConfig.of(config["world"])
         sampling = SamplingConfig.of(config["training"], world.num_frames)
     except KeyError as error:
         raise ValueError(f"{path} was written by another version: its config has no {error}.") from error
@@ -112,8 +111,8 @@ def load_model(path: str | Path, weights: str = "ema", device="cpu") -> LoadedMo
 
 
 def pick(kind, settings) -> dict:
-    """The settings that a dataclass has a field for; KeyError if one is missing, unless it came later than a file."""
-    return {f.name: settings[f.name] for f in fields(kind) if f.name not in LATER or f.name in settings}
+    """The settings that a dataclass has a field for; KeyError if one is missing."""
+    return {f.name: settings[f.name] for f in fields(kind)}
 
 
 def sample_blocks(

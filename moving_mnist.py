@@ -14,7 +14,7 @@ import difflib
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -87,6 +87,12 @@ class WorldConfig:
                 f"{room} = {self.reach} is no multiple of a whole speed (it is {self.speed}); "
                 "change canvas, digit_size or speed, or set sub_pixel=True"
             )
+
+    @classmethod
+    def of(cls, settings):
+        """The world that a file describes, an old one without `apart`. KeyError where another field is missing."""
+        settings = {"apart": 0, **settings}
+        return cls(**{f.name: settings[f.name] for f in fields(cls)})
 
     @property
     def frame_shape(self):

@@ -1,10 +1,11 @@
 """Three ways to a few-step causal student before Self-Forcing: ODE pairs of two teachers, and consistency."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from test_rollout import BATCH, SCHEDULER, prompt, shaped, start, tiny_model
 from tiny_runs import TINY, make_weights, options
 
@@ -308,6 +309,22 @@ def test_pairs_of_another_world_are_refused(weights, tmp_path, monkeypatch):
         ode_pairs.StoredPairs(tmp_path, WorldConfig(canvas=32))
     with pytest.raises(ValueError, match="There are no pairs in .*nothing: python ode_pairs.py"):
         ode_pairs.StoredPairs(tmp_path / "nothing", WorldConfig())
+
+
+def test_pairs_from_before_there_were_rooms_are_kept(weights, tmp_path, monkeypatch):
+    """A shard whose world has no `apart` is of a world without: it is used, and neither refused nor made again."""
+    arguments(monkeypatch, tmp_path, weights, num_pairs=2)
+    ode_pairs.main()
+    (path,) = tmp_path.iterdir()
+    header = ode_pairs.read_header(path)
+    world = WorldConfig(**header["settings"]["world"])
+    assert header["settings"]["world"].pop("apart") == 0
+    path.write_bytes(save(load_file(path), {"header": json.dumps(header)}))
+    old = path.read_bytes()
+    ode_pairs.main()
+    assert path.read_bytes() == old and len(ode_pairs.StoredPairs(tmp_path, world).prompts) == 2
+    with pytest.raises(ValueError, match="show another world"):
+        ode_pairs.StoredPairs(tmp_path, replace(world, apart=8))
 
 
 @pytest.mark.parametrize("teacher, causal", [("teacher", False), ("init", True)])
