@@ -90,7 +90,9 @@ def read_header(path: Path) -> dict:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["header"])
-            header["settings"]["world"] = asdict(WorldConfig.of(header["settings"]["world"]))
+            settings = header["settings"]
+            if "world" in settings:  # a large model's pairs show no world of ours
+                settings["world"] = asdict(WorldConfig.of(settings["world"]))
             return header
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or no shard of pairs: delete it and make it again.") from error
@@ -109,7 +111,7 @@ class StoredPairs:
             raise ValueError(f"There are no pairs in {folder}: python ode_pairs.py --output_dir {folder} makes some.")
         headers = [read_header(path) for path in self.paths]
         self.settings = headers[0]["settings"]
-        if self.settings["world"] != asdict(config):
+        if self.settings.get("world") != asdict(config):
             raise ValueError(f"The pairs in {folder} show another world than this run: make them anew.")
         self.prompts = [prompt for header in headers for prompt in header["prompts"]]
 
