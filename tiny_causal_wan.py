@@ -17,6 +17,7 @@ d head dim, e model width. Hidden states keep their frame axis, [b f s e], becau
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -109,11 +110,33 @@ def _dense_mask(mask: FrameMask, device: torch.device) -> Tensor:
     return frames.repeat_interleave(mask.tokens_per_frame, 0).repeat_interleave(mask.tokens_per_frame, 1)
 
 
+@lru_cache(maxsize=16)
+def _views(mask: FrameMask) -> list[tuple[slice, list[slice]]]:
+    """Tokens that see the same, and what they see."""
+
+    def runs(values):
+        start = 0
+        for value, equal in groupby(values):
+            end = start + len(list(equal)) * mask.tokens_per_frame
+            yield value, slice(start, end)
+            start = end
+
+    return [(own, [keys for seen, keys in runs(row) if seen]) for row, own in runs(mask.frames().tolist())]
+
+
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: FrameMask | None = None, layer=None, kind=None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v on [b l n d] with PyTorch's kernel for the device. `kind` is "self" or "cross"."""
-    allowed = None if mask is None else mask.tokens(q.device)
+    """softmax(q k^T / sqrt(d)) v on [b l n d] with PyTorch's kernel for the device. `kind` is "self" or "cross".
+
+    With a mask, block by block, each with the keys that it sees: what is masked is not computed.
+    """
+    if mask is not None:
+        parts = []
+        for own, seen in _views(mask):
+            keys, values = (torch.cat([x[:, span] for span in seen], dim=1) for x in (k, v))
+            parts.append(sdpa_attention(q[:, own], keys, values))
+        return torch.cat(parts, dim=1)
     q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))  # [b n l d]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def matmul_attention(
