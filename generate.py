@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import precision  # noqa: F401  (what it says of very small numbers holds here too)
 from checkpoint import atomic, fill, load_weights, locate
 from dynamic_video_sf import Guided, RolloutConfig, rollout, stochastic
 from flow_match import FlowMatchScheduler

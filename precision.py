@@ -6,6 +6,11 @@ from functools import lru_cache
 import torch
 from torch.overrides import TorchFunctionMode
 
+# Numbers below 1e-38 are zero, in this thread and those that it starts. A CPU takes many times as long for one of them,
+# and the tanh of a GELU far from zero goes through them: a GELU took ten times as long, a whole step half as long again
+# (docs/trials.md).
+torch.set_flush_denormal(True)
+
 
 @lru_cache
 def computes_in_bf16(device: torch.device) -> bool:

@@ -1,9 +1,12 @@
 """Precision: bf16 where the device has it, and the same numbers through float32 where it does not."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
+from tiny_runs import REPOSITORY
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -55,3 +58,13 @@ def test_muon_without_bf16_computes_what_hardware_with_it_does(shape):
         assert {*multiplied} == {torch.float32 if name == "float32" else torch.bfloat16}
         updates[name] = weight.detach()
     assert (updates["float32"] - updates["emulated"]).norm() < 0.02 * updates["emulated"].norm()
+
+
+def test_very_small_numbers_are_zero():
+    """Also for whoever only generates: a GELU far from zero takes as long as one near it."""
+    script = (
+        "import torch; import generate; print((torch.tensor([1e-39]) * 0.5).item(), (torch.tensor(1e-37) / 2).item())"
+    )
+    said = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    below, above = map(float, said.stdout.split())
+    assert below == 0 < above
