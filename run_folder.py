@@ -219,6 +219,7 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "computes_in_bf16": computes_in_bf16(torch.device("cpu")),
+        "denormals": "zero",  # see precision.py
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }

@@ -57,7 +57,8 @@ with three seeds each, to one in seventy-five with five. Rows that are not said 
 - **Evaluations** are counted by a hook on the networks, in frames: forward 1, backward 2, teacher and critic included.
 - **Minutes** of training are those of one core that nothing else wants (as long as the fastest tenth of the steps \
 took), **ms per frame** processor time of one thread, many videos at a time. Compare them where they were timed with \
-the same instructions of the processor.
+the same instructions of the processor, and both or neither without denormals: flushing numbers below 1e-38 to zero \
+made a step of training up to a third shorter ([docs/trials.md](docs/trials.md#very-small-numbers)).
 - **In range**: weights that ship, measured anew (`make results EVALUATE=1`), move in no span by more than {ranges}."""
 
 Records = dict[str, list[dict]]  # row -> one record per seed, each with the curves of one way to sample
@@ -171,7 +172,9 @@ def costs(records: list[dict]) -> list[str]:
     evaluations, minutes = mean_of(trained, "evaluations"), mean_of(trained, "seconds") / 60
     sampling = [record["sampling"] for record in records]
     per_frame = [f"{mean_of(sampling, 'evaluations'):.1f}", f"{1000 * mean_of(sampling, 'seconds'):.1f}"]
-    instructions = ", ".join(sorted({record["machine"]["vector_instructions"] for record in records}))
+    machines = [record["machine"] for record in records]
+    kinds = {m["vector_instructions"] + (", no denormals" if "denormals" in m else "") for m in machines}
+    instructions = " and ".join(sorted(kinds))
     return [*([f"{evaluations:,.0f}", f"{minutes:.0f}"] if trained else ["", ""]), *per_frame, instructions]
 
 
