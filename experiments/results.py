@@ -248,7 +248,8 @@ def curves_figure(experiment: str, plan, records: Records) -> str:
         if row in plan.get("figure", records)
     }
     path = FIGURES / f"{experiment}.png"
-    plot_metric_curves(curves, path, T, plan.title, ["digit_accuracy", "frechet_distance", "motion_error", "ink"])
+    drawn = [name for name in shown(records) if name != "speed_kept" or "frechet_distance" not in shown(records)]
+    plot_metric_curves(curves, path, T, plan.title, drawn)  # four panels
     return f"![{plan.title}: metrics over the frame index]({path})"
 
 
