@@ -80,7 +80,7 @@ def draw(videos: dict, curves: dict, prompts: list[str], train_frames: int) -> N
     rows = torch.cat([videos["before"][shown], videos["after"][shown]])
     labels = [f"{name} {digit}" for name in ("before", "after") for digit in range(10)]
     greys = (rows.clamp(-1, 1) * 7.5 + 7.5).round() / 7.5 - 1  # 16 of them: the GIF is less than half as large
-    save_video_grid(greys, OUTPUT / "before_after.gif", columns=10, labels=labels)
+    save_video_grid(greys, OUTPUT / "before_after.gif", columns=10, scale=3, labels=labels)
     plot_metric_curves(
         curves, OUTPUT / "curves.png", train_frames, "Self-Forcing: before and after were trained up to the line", SHOWN
     )
