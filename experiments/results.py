@@ -248,8 +248,10 @@ def curves_figure(experiment: str, plan, records: Records) -> str:
         if row in plan.get("figure", records)
     }
     path = FIGURES / f"{experiment}.png"
-    drawn = [name for name in shown(records) if name != "speed_kept" or "frechet_distance" not in shown(records)]
-    plot_metric_curves(curves, path, T, plan.title, drawn)  # four panels
+    metrics = list(shown(records))
+    if "frechet_distance" in metrics:
+        metrics.remove("speed_kept")  # four panels
+    plot_metric_curves(curves, path, T, plan.title, metrics)
     return f"![{plan.title}: metrics over the frame index]({path})"
 
 
