@@ -7,6 +7,9 @@ from visualization.frames import to_clips
 from visualization.style import FAINT, LINES, TITLE, finish, panels, styled
 
 
+STRIP, SIGN = 0.95, 2.2  # inches: height of the film strips, width of a panel with a sign
+
+
 @styled
 def plot_sick_runs(runs, save_path=None, every=1, title=None):
     """Figure with a row per run: its first videos as film strips, then each entry of its log over the steps, with that
@@ -17,8 +20,9 @@ def plot_sick_runs(runs, save_path=None, every=1, title=None):
     """
     signs = list(next(iter(runs.values()))[1])
     healthy = next(iter(runs.values()))[1]
+    strip = STRIP * aspect(next(iter(runs.values()))[0])
     fig, axes = panels(
-        len(runs), 1 + len(signs), 8 + 2.3 * len(signs), 1.75 * len(runs), width_ratios=[3.2] + [1] * len(signs)
+        len(runs), 1 + len(signs), strip + SIGN * len(signs), 1.75 * len(runs), width_ratios=[strip] + [SIGN] * len(signs)
     )
     for row, (label, (videos, log)) in zip(axes, runs.items(), strict=True):
         draw_stills(row[0], to_clips(videos), label, every)
@@ -30,6 +34,12 @@ def plot_sick_runs(runs, save_path=None, every=1, title=None):
     if title:
         fig.suptitle(title, size=TITLE, weight="bold", x=0.02, ha="left")
     return finish(fig, save_path)
+
+
+def aspect(videos) -> float:
+    """Width over height of film strips below each other."""
+    count, frames, _, height, width = videos.shape
+    return frames * width / (count * height)
 
 
 def draw_stills(ax, clips, label, every):

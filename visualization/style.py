@@ -129,8 +129,8 @@ def finish(fig, save_path=None):
 
 
 def reduce_colours(path: Path):
-    """A PNG in 256 colours, which looks the same and takes less than half the bytes in the repository."""
-    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    """A PNG in 64 colours, which looks the same and takes less than half the bytes in the repository."""
+    Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def words_in(figure, most=300):
