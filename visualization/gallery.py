@@ -6,7 +6,6 @@ from matplotlib.ticker import MaxNLocator
 from visualization.frames import to_clips
 from visualization.style import FAINT, LINES, TITLE, finish, panels, styled
 
-
 STRIP, SIGN = 0.95, 2.2  # inches: height of the film strips, width of a panel with a sign
 
 
@@ -21,9 +20,8 @@ def plot_sick_runs(runs, save_path=None, every=1, title=None):
     signs = list(next(iter(runs.values()))[1])
     healthy = next(iter(runs.values()))[1]
     strip = STRIP * aspect(next(iter(runs.values()))[0])
-    fig, axes = panels(
-        len(runs), 1 + len(signs), strip + SIGN * len(signs), 1.75 * len(runs), width_ratios=[strip] + [SIGN] * len(signs)
-    )
+    widths = [strip] + [SIGN] * len(signs)
+    fig, axes = panels(len(runs), len(widths), sum(widths), 1.75 * len(runs), width_ratios=widths)
     for row, (label, (videos, log)) in zip(axes, runs.items(), strict=True):
         draw_stills(row[0], to_clips(videos), label, every)
         for ax, sign in zip(row[1:], signs, strict=True):
