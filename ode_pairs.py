@@ -12,7 +12,7 @@ interrupted.
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from checkpoint import atomic, fingerprint
-from dynamic_video_sf import Guided, RolloutConfig, ode_trajectory
+from dynamic_video_sf import Guided, ode_trajectory
 from generate import LoadedModel, load_model
 from metrics import uniform_prompts
 from moving_mnist import WorldConfig
@@ -42,8 +42,7 @@ def make_pairs(loaded: LoadedModel, prompts, samples, num_steps, guidance_scale,
 
     Raises ValueError where a kept step does not lie on the grid.
     """
-    own = loaded.sampling.rollout
-    config = RolloutConfig(grid(num_steps), own.frames_per_block, 0, own.sink_frames, own.window_frames)
+    config = replace(loaded.sampling.rollout, denoising_steps=grid(num_steps), context_noise=0)
     shape = (len(prompts), loaded.num_frames, *loaded.frame_shape)
     noise = randn(shape, generators(seed, "ode pairs", samples=samples))
     guided = Guided(loaded.model, loaded.encoder.null(len(prompts)), guidance_scale)

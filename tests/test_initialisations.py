@@ -121,6 +121,20 @@ def test_pairs_are_the_guided_ode_of_their_teacher(teacher, frames_per_block, we
     torch.testing.assert_close(pairs, expected)
 
 
+def test_pairs_of_a_causal_teacher_keep_its_memory(weights):
+    """Sink and window are those that it was trained with; its past is as clean as the frames of its ODE."""
+    loaded, prompts = ode_pairs.load_model(weights / "init.safetensors"), uniform_prompts(2)
+    memory = {"sink_frames": 3, "window_frames": 3, "sink_follows": True}
+    own = replace(loaded.sampling.rollout, **memory, context_noise=150)
+    loaded = replace(loaded, sampling=replace(loaded.sampling, rollout=own))
+    pairs = ode_pairs.make_pairs(loaded, prompts, range(5, 7), 4, 3.0, KEEP, seed=1)
+    config = RolloutConfig(KEEP, 3, **memory)
+    noise = randn((2, 12, 1, 24, 24), [generator(1, "ode pairs", i) for i in (5, 6)])
+    guided = Guided(loaded.model, loaded.encoder.null(2), 3.0)
+    expected = ode_trajectory(guided, loaded.scheduler, noise, loaded.encoder(prompts), config, KEEP)
+    torch.testing.assert_close(pairs, expected)
+
+
 # ------------------------------------------------------------------------------------------------------- consistency
 
 
@@ -189,6 +203,21 @@ def test_the_consistency_teacher_alone_is_guided():
         guided = 2.0 * (-0.2 + w * (0.5 - -0.2))
         miss = (t - t_next) * (guided - 0.5) + t_next * 0.5 * (flow - 1)
         torch.testing.assert_close(loss, miss.square().mean())
+
+
+def test_consistency_sees_as_far_as_the_student_will():
+    """Model, average and teacher alike: blocks, sink and window are those of the rollout."""
+    seen = []
+
+    def network(x_t, t, cond, **options):
+        seen.append({name: value for name, value in options.items() if name != "clean"})
+        return x_t
+
+    config = RolloutConfig(frames_per_block=3, sink_frames=1, window_frames=3)
+    consistency_loss(network, network, network, SCHEDULER, start(6), {}, {}, 1.0, config, num_steps=4,
+                     rng=generator(0, "index"))  # fmt: skip
+    assert len(seen) == 3 and all(options == {"frames_per_block": 3, "sink_frames": 1, "window_frames": 3}
+                                  for options in seen)  # fmt: skip
 
 
 def test_consistency_draws_every_step_for_every_block():

@@ -103,6 +103,39 @@ def test_dmd_moves_the_video_and_nothing_else(video):
     assert not any(x_t.requires_grad for x_t, _, _ in real.seen + fake.seen)
 
 
+def test_a_dmd_gradient_does_not_know_the_scale_of_the_video(video):
+    """The normaliser takes it out, however small it is: its floor is only there for the exact zero."""
+    found, nothing = [], {"shift": 0.0}
+    for scale in (1, 1e-4):
+        x = (scale * video.detach()).requires_grad_()
+        given = {"t": TIMES, "noise": scale * draw("noise")}
+        loss = dmd_loss(x, Score(0.7), Score(0.4), SCHEDULER, nothing, nothing, 1.0, **given)
+        found += torch.autograd.grad(loss, x)
+    torch.testing.assert_close(*found, atol=1e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dmd", "sid", "flow_matching"])
+def test_a_loss_of_half_precision_networks_is_computed_in_full(name):
+    """Networks and video may be bfloat16. What they say here is exact in it, so that no later rounding is hidden."""
+    grid = torch.arange(math.prod(SHAPE)).reshape(SHAPE)
+    video, noise, t = (grid * 7 % 11 - 5) / 4, (grid * 5 % 9 - 4) / 4, torch.full((BATCH,), 0.5)
+
+    class Half(Score):
+        def forward(self, x_t, t, cond):
+            return super().forward(x_t, t, cond).to(x_t.dtype)
+
+    def loss(dtype):
+        x = video.to(dtype).requires_grad_()
+        given = {"t": t, "noise": noise.to(dtype)}
+        if name == "flow_matching":
+            return flow_matching_loss(Half(0.75), SCHEDULER, x, COND, **given)
+        distillation = {"dmd": dmd_loss, "sid": sid_loss}[name]
+        return distillation(x, Half(0.75), Half(0.5), SCHEDULER, COND, COND, 1.0, **given)
+
+    assert loss(torch.bfloat16).dtype == torch.float32
+    torch.testing.assert_close(loss(torch.bfloat16), loss(torch.float32), atol=0, rtol=1e-6)
+
+
 @both_distillations
 def test_who_is_asked_what(video, distillation):
     """Teacher with and without the prompt, critic with it, all at the same noised video and time."""

@@ -124,6 +124,38 @@ def test_a_noisy_past_has_a_level_of_its_own_for_every_block(model):
         torch.tensor([0.2, 0.5, 0.8])), atol=0.03, rtol=0)  # fmt: skip
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_rollout_on_data_draws_from_the_streams_that_it_is_given(model, noisy):
+    """Its video is the same again from the same streams, whatever was drawn from torch's own generator between."""
+    config = settings(6, RolloutConfig(frames_per_block=2, context_noise=100), exit_rule="random")
+
+    def video(seed):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return data_past_rollout(
+                model, SCHEDULER, start(6), prompt(), config, data=clip(6), noisy=noisy, **streams()
+            )  # fmt: skip
+
+    (once, exit_step), others = video(0), [video(seed) for seed in (1, 2, 3, 4)]
+    assert all(torch.equal(once, again) and exit_step == other for again, other in others)
+
+
+def test_every_block_of_a_one_call_video_has_a_level_of_its_own():
+    """Frames of a block share it, blocks of a clip do not."""
+    seen = []
+
+    def oracle(x_t, t, cond, **options):
+        seen.append(t)
+        return x_t
+
+    config = settings(6, RolloutConfig(frames_per_block=2))
+    for draw in range(8):
+        one_call_video(oracle, SCHEDULER, start(6), prompt(), config, data=clip(6), **streams(f"draw {draw}"))
+    levels = torch.cat(seen)
+    assert torch.equal(levels[:, ::2], levels[:, 1::2])
+    assert any(len(clip.unique()) > 1 for clip in levels)
+
+
 def test_a_past_of_data_has_the_context_noise(model):
     """Under context noise the data are remembered as the student's own blocks would be: at the time that is told."""
     data, spy = clip(6), Spy()

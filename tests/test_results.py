@@ -382,6 +382,51 @@ def test_runs_without_a_record_are_named(laboratory, monkeypatch, capsys):
     assert "Not run yet" not in (laboratory / "RESULTS.md").read_text()
 
 
+def test_spans_and_drift_are_what_they_are_called():
+    """Frames of a curve that counts them; what was lost since the first block is below zero."""
+    record = {"curves": {"digit_accuracy": [float(frame) for frame in range(192)]}}
+    means = {span: results.span_mean(record["curves"], "digit_accuracy", span) for span in results.SPANS}
+    middles = {"first block": 1.0, "0-T": 5.5, "T-2T": 17.5, "3T-4T": 41.5, "7T-8T": 89.5, "15T-16T": 185.5}
+    assert means == middles
+    falling = {"curves": {"digit_accuracy": [1.0] * 3 + [0.75] * 93}}
+    assert results.drift([falling], "digit_accuracy", "3T-4T") == -0.25
+
+
+def test_who_lost_less_is_before(laboratory):
+    """Of accuracy and of its change, more is better: rows that begin alike, of which one falls."""
+    plan = load_plan("tiny")
+    for seed in plan.seeds:
+        for row, late in (("own", 0.9), ("data", 0.5)):
+            one = Run("tiny", row, seed)
+            fake_record(one, plan, 0.9)
+            record = json.loads(one.record.read_text())
+            record["curves"]["four steps"]["digit_accuracy"][3:] = [late + 0.01 * seed] * 93
+            one.record.write_text(json.dumps(record))
+    results.write_page()
+    page = (laboratory / "RESULTS.md").read_text()
+    assert "In the change of digit accuracy from the first block to 3T-4T own is before data by 0.40" in page
+
+
+def test_the_cost_of_a_run_is_that_of_all_its_steps(tmp_path, monkeypatch):
+    """Evaluations are summed. Seconds are as if all of it had gone as fast as the fastest tenth of the steps."""
+    monkeypatch.chdir(tmp_path)
+    one = Run("tiny", "own", 0)
+    one.folder.mkdir(parents=True)
+    ends, rows = 0.0, ["step,evaluations,seconds"]
+    for step in range(20):
+        ends += 1.0 if step < 3 else 5.0  # nine in ten steps were disturbed
+        rows.append(f"{step + 1},10,{ends}")
+    (one.folder / "metrics.csv").write_text("\n".join(rows))
+    found = run.costs(one)
+    assert (found["steps"], found["evaluations"], found["seconds"]) == (20, 200.0, 20.0)
+
+
+def test_many_steps_are_an_ode(laboratory):
+    """No fresh noise between the steps of a teacher's ODE."""
+    _, make = run.sampler_of(laboratory / "start.safetensors", num_steps=4)
+    assert make.keywords == {"denoising_steps": [1000.0, 750.0, 500.0, 250.0], "fresh_noise": 0.0}
+
+
 def test_what_counts_as_a_difference():
     """More than two pooled standard deviations, and three seeds."""
     near, far = np.array([0.70, 0.72, 0.74]), np.array([0.80, 0.82, 0.84])

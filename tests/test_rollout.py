@@ -555,6 +555,20 @@ def test_a_cache_under_another_prompt(model):
         recache(model, SCHEDULER, video, prompt(), config, cache)
 
 
+def test_a_given_past_is_as_noisy_as_a_made_one(model):
+    """Under context noise prefill and recache remember blocks noised to that level, and say so; and keep no graph."""
+    config, video = RolloutConfig(frames_per_block=2, context_noise=150), start(4).tanh()
+    spy = Spy(model)
+    cache = prefill(spy, SCHEDULER, video, prompt(), config, rng=rng())
+    recache(spy, SCHEDULER, video, prompt(), config, cache, rng=rng())
+    fresh = rng()
+    expected = [SCHEDULER.add_noise(block, randn(block.shape, fresh), 0.15) for block in video.split(2, dim=1)]
+    assert len(spy.remembered) == 4 and not any(call.graph for call in spy.remembered)
+    for call, x in zip(spy.remembered, expected * 2, strict=True):
+        assert call.t == 0.15
+        torch.testing.assert_close(call.x, x)
+
+
 def test_frames_far_down_the_video_are_read_anew_as_in_a_short_one(model):
     """A sink that follows does so for the first block after it too, before any window is there: what is read anew is
     the same however late it is, and is not where the sink stays behind."""

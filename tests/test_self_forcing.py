@@ -119,6 +119,15 @@ def test_every_loss_trains_its_own_network(fresh_rollouts):
         student.graphs.clear()
 
 
+@pytest.mark.parametrize("fresh_rollouts", [True, False])
+def test_every_update_of_the_critic_has_times_of_its_own(fresh_rollouts):
+    """Also on one and the same rollout: times are drawn anew, and differ from the generator's."""
+    critic = Walk(0.9)
+    list(algorithm(Walk(0.9), Walk(0.5), critic, settings(critic_steps=3, fresh_rollouts=fresh_rollouts)))
+    times = [tuple(t.tolist()) for _, t, _, _ in critic.seen]
+    assert len(times) == len({*times}) == 4
+
+
 def test_the_critic_follows_the_student_as_it_is_now():
     """Fresh rollouts have fresh noise and the weights that the student has after its update."""
     student, critic = Walk(0.9), Walk(0.9)

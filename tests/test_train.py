@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -765,3 +766,30 @@ def test_wandb_is_off_by_default(weights, tmp_path, monkeypatch):
     train.main(options("teacher", tmp_path / "off", weights))
     with pytest.raises(ValueError, match="pip install wandb"):
         train.main(options("teacher", tmp_path / "on", weights, "wandb.mode=offline"))
+
+
+def test_every_setting_of_the_algorithm_reaches_it():
+    """A field that RolloutConfig or SelfForcingConfig has and TrainingConfig sets is that of the run."""
+    given = {
+        "denoising_steps": (1000, 500), "context_noise": 100, "sink_frames": 2, "window_frames": 4,
+        "sink_follows": True, "cache_gradient": True, "guidance_scale": 3.5, "fake_guidance_scale": 1.5,
+        "critic_steps": 2, "fresh_rollouts": True, "exit_rule": "random", "gradient_frames": 4, "min_num_frames": 6, "max_num_frames": 8,
+        "shortest_share": 0.5, "min_score_time": 0.1, "ts_schedule": True, "ts_schedule_max": True,
+    }  # fmt: skip
+    default, config = settings.TrainingConfig(), settings.TrainingConfig(num_frames_per_block=2, **given)
+    assert config.rollout.frames_per_block == 2
+    reached = {}
+    for one in (config.self_forcing, config.rollout):
+        reached |= {field.name: getattr(one, field.name) for field in fields(one)}
+    assert given == {name: value for name, value in reached.items() if name not in ("rollout", "frames_per_block")}
+    unset = {name for name, value in given.items() if getattr(default, name) == value}
+    assert not unset, "a default proves nothing"
+
+
+def test_what_samples_share_is_drawn_anew_in_every_step(weights, tmp_path, monkeypatch):
+    """Exit and length come from a stream of the seed and the step."""
+    named, real = [], train.generator
+    monkeypatch.setattr(train, "generator", lambda *names: named.append(names) or real(*names))
+    train.main(options("self_forcing", tmp_path / "run", weights, "training.num_steps=3"))
+    shared = [names for names in named if names[-1] == "shared"]
+    assert len(shared) == len({*shared}) == 3
