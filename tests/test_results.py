@@ -392,6 +392,12 @@ def test_spans_and_drift_are_what_they_are_called():
     assert results.drift([falling], "digit_accuracy", "3T-4T") == -0.25
 
 
+def test_a_spread_is_that_of_a_sample():
+    """n - 1 in its denominator; none of a single seed, and a blank where videos are too short."""
+    cells = [results.cell(np.array(values), 2) for values in ([0.0, 1.0, 2.0], [0.5], [0.5, float("nan")])]
+    assert cells == ["1.00 ± 1.00", "0.50", ""]
+
+
 def test_who_lost_less_is_before(laboratory):
     """Of accuracy and of its change, more is better: rows that begin alike, of which one falls."""
     plan = load_plan("tiny")

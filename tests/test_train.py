@@ -774,8 +774,8 @@ def test_every_setting_of_the_algorithm_reaches_it():
         "denoising_steps": (1000, 500), "context_noise": 100, "sink_frames": 2, "window_frames": 4,
         "sink_follows": True, "cache_gradient": True, "guidance_scale": 3.5, "fake_guidance_scale": 1.5,
         "critic_steps": 2, "fresh_rollouts": True, "exit_rule": "random", "gradient_frames": 4,
-        "min_num_frames": 6, "max_num_frames": 8, "shortest_share": 0.5, "min_score_time": 0.1, "ts_schedule":
-        True, "ts_schedule_max": True,
+        "min_num_frames": 6, "max_num_frames": 8, "shortest_share": 0.5, "min_score_time": 0.1,
+        "ts_schedule": True, "ts_schedule_max": True,
     }  # fmt: skip
     default, config = settings.TrainingConfig(), settings.TrainingConfig(num_frames_per_block=2, **given)
     assert config.rollout.frames_per_block == 2
