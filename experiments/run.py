@@ -376,3 +376,5 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"experiments.run: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted: the same command goes on.")

@@ -1,6 +1,9 @@
 """Experiments leave records, records make the page, and shipped weights can be held against them."""
 
 import json
+import runpy
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -301,6 +304,19 @@ def test_training_again_begins_anew_and_then_goes_on(laboratory):
     (one.folder / "begun").touch()
     run.forget([one])
     assert (one.folder / "begun").exists()
+
+
+def test_an_interruption_is_one_sentence(tmp_path, monkeypatch):
+    """Not a traceback: nothing is lost."""
+
+    def interrupted(*command, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["run", "main_table", "--only", "tf", "--seeds", "7"])
+    with pytest.raises(SystemExit, match="Interrupted.*the same command goes on"):
+        runpy.run_module("experiments.run", run_name="__main__")
 
 
 def test_a_row_shown_beside_is_run_at_home(laboratory):
